@@ -1,0 +1,222 @@
+"""§3 Kernels: every kernel against its twin, values and gradients.
+
+No tolerance is chosen: the error against float64 may be twice the twin's own error in the same
+number type. The same tests run on a GPU and, with TRITON_INTERPRET=1, on a CPU;
+`test_kernels_under_the_interpreter` starts them that way in a process of its own.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_gpt
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = train_gpt.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU and not INTERPRETED else "cpu")
+# Triton's interpreter cuts bfloat16 off instead of rounding it, and multiplies its raw bits
+HALF = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF]
+BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
+CAP, SLOPE = 30.0, 0.5
+
+kernels = pytest.mark.skipif(not train_gpt.use_triton(DEVICE), reason="needs CUDA and Triton, or "
+                             "TRITON_INTERPRET=1 (test_kernels_under_the_interpreter does that)")
+
+if INTERPRETED:  # since NumPy 2.4 an array of one element is no loop bound, as Triton 3.6 expects
+    from triton.runtime import interpreter
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+
+def seeded(seed: int, *shapes: tuple[int, ...], scale: float = 1.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def outcome(function, inputs, grad, dtype) -> list[torch.Tensor]:
+    """Value and gradients of function(*inputs) at inputs and upstream gradient rounded to dtype."""
+    inputs = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(DEVICE, y.dtype))]
+
+
+def assert_native(function, twin, inputs, grad, dtype, exact=None) -> None:
+    """Error of `function` <= twice that of `twin` in dtype, against float64; one float32 rounding
+    of the largest value is left, for the places where the twin happens to be right."""
+    inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
+    ours, native = (outcome(f, inputs, grad, dtype) for f in (function, twin))
+    truth = outcome(exact or twin, inputs, grad, torch.float64)
+    for i, (y, n, t) in enumerate(zip(ours, native, truth, strict=True)):
+        assert y.dtype == n.dtype and y.shape == t.shape
+        error, allowed = (y.double() - t).abs().max(), 2 * (n.double() - t).abs().max()
+        rounding = torch.finfo(torch.float32).eps * t.abs().max()
+        assert error <= allowed + rounding, f"result {i}: {error:.3g} > {allowed:.3g}"
+
+
+def exact_cross_entropy(z, targets):
+    logits = CAP * torch.tanh(z / CAP)
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+def exact_leaky_mlp(x, up, down):
+    pre = x @ up.T
+    return torch.maximum(pre, SLOPE * pre) ** 2 @ down.T
+
+
+# ---- twins, wrappers, import: any machine
+
+def test_twins_are_their_formulas():
+    z, x, up, down = seeded(0, (7, 33), (5, 6), (8, 6), (6, 8))
+    targets = torch.arange(7)
+    torch.testing.assert_close(train_gpt.softcap_cross_entropy_ref(9 * z, targets, CAP),
+                               exact_cross_entropy(9 * z, targets))
+    torch.testing.assert_close(train_gpt.leaky_mlp_ref(x, up, down, SLOPE),
+                               exact_leaky_mlp(x, up, down))
+
+
+def environment(**changes: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(train_gpt.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": path, **changes}
+
+
+def test_without_triton_the_twins_are_used():
+    program = """if 1:
+        import sys
+        sys.modules["triton"] = None  # as if it were not installed
+        import torch, train_gpt as g
+        assert not g.use_triton(torch.device("cpu")) and not g.use_triton(torch.device("cuda"))
+        z, x, w = torch.randn(3, 5), torch.randn(3, 8), torch.randn(8, 8)
+        t = torch.tensor([0, 1, 2])
+        assert torch.equal(g.softcap_cross_entropy(z, t, 30.0),
+                           g.softcap_cross_entropy_ref(z, t, 30.0))
+        assert torch.equal(g.leaky_mlp(x, w, w, 0.5), g.leaky_mlp_ref(x, w, w, 0.5))
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the kernel tests run in this very process")
+@pytest.mark.skipif(train_gpt.triton is None, reason="Triton is not installed")
+def test_kernels_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment(TRITON_INTERPRET="1"), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout, done.stdout  # this test alone, no kernel's
+
+
+# ---- softcap + cross-entropy
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, V, scale", [(1, 1, 1), (64, 37, 8), (33, 1024, 8), (12, 8192, 8),
+                                         (7, 9001, 8), (40, 512, 0.01), (40, 512, 300)])
+def test_softcap_cross_entropy(N, V, scale, dtype):
+    z, grad = seeded(V, (N, V), (N,), scale=scale)
+    targets = torch.arange(N, device=DEVICE) * 7919 % V
+    assert_native(lambda z: train_gpt.softcap_cross_entropy(z, targets, CAP),
+                  lambda z: train_gpt.softcap_cross_entropy_ref(z, targets, CAP),
+                  [z], grad, dtype, exact=lambda z: exact_cross_entropy(z, targets))
+
+
+@kernels
+def test_softcap_cross_entropy_takes_views_and_no_rows():
+    z, targets = seeded(1, (6, 40))[0].to(DEVICE), torch.arange(6, device=DEVICE)
+    view = z.T.contiguous().T[::2, 1:].detach().requires_grad_()  # rows and columns strided
+    loss = train_gpt.softcap_cross_entropy(view, targets[::2], CAP)
+    grad, = torch.autograd.grad(loss.sum(), view)  # an expanded upstream gradient
+    twin = view.detach().clone().requires_grad_()
+    twin_loss = train_gpt.softcap_cross_entropy_ref(twin, targets[::2], CAP)
+    torch.testing.assert_close(loss, twin_loss)
+    torch.testing.assert_close(grad, torch.autograd.grad(twin_loss.sum(), twin)[0])
+    assert train_gpt.softcap_cross_entropy(z[:0], targets[:0], CAP).shape == (0,)
+
+
+@kernels
+def test_softcap_cross_entropy_shows_nan():
+    z = torch.zeros(2, 50, device=DEVICE)
+    z[1, 3] = torch.nan
+    loss = train_gpt.softcap_cross_entropy(z, torch.zeros(2, dtype=torch.int64, device=DEVICE), CAP)
+    assert loss.isnan().tolist() == [False, True]
+
+
+# ---- MLP with squared LeakyReLU
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, d, h", [(1, 8, 8), (150, 80, 264), (300, 64, 512), (257, 128, 520)])
+def test_leaky_mlp(N, d, h, dtype):
+    x, up, down, grad = seeded(N, (N, d), (h, d), (d, h), (N, d))
+    assert_native(lambda *a: train_gpt.leaky_mlp(*a, SLOPE),
+                  lambda *a: train_gpt.leaky_mlp_ref(*a, SLOPE),
+                  [x, up / d**0.5, down / h**0.5], grad, dtype, exact=exact_leaky_mlp)
+
+
+@kernels
+def test_leaky_mlp_runs_its_kernel_where_rows_are_aligned(monkeypatch):
+    def launched(*shape):
+        calls.clear()
+        train_gpt.leaky_mlp(*(torch.ones(s, device=DEVICE, dtype=HALF[0]) for s in shape), SLOPE)
+        return bool(calls)
+
+    calls, forward = [], train_gpt.leaky_mlp_forward
+    monkeypatch.setattr(train_gpt, "leaky_mlp_forward", lambda *a: calls.append(1) or forward(*a))
+    assert launched((3, 16), (24, 16), (16, 24))
+    assert not launched((3, 12), (24, 12), (12, 24))
+    assert launched((0, 16), (24, 16), (16, 24))
+
+
+@kernels
+def test_leaky_mlp_with_frozen_weights():
+    x, up, down, grad = (t.to(DEVICE) for t in seeded(5, (20, 16), (32, 16), (16, 32), (20, 16)))
+    grads = []
+    for mlp in (train_gpt.leaky_mlp, train_gpt.leaky_mlp_ref):
+        leaf = x.clone().requires_grad_()
+        grads += torch.autograd.grad(mlp(leaf, up, down, SLOPE), leaf, grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # only: is it the right gradient?
+
+
+# ---- the operators inside torch.compile
+
+def operator_samples():
+    dtype = HALF[0]
+    z, dlosses, x, up, down, pre = (
+        t.to(DEVICE) for t in seeded(3, (6, 40), (6,), (20, 16), (32, 16), (16, 32), (20, 32)))
+    targets, norm = torch.arange(6, device=DEVICE), torch.zeros(6, 2, device=DEVICE)
+    x, up, down, pre = (t.to(dtype) for t in (x, up, down, pre))
+    leaf = [t.clone().requires_grad_() for t in (z, x, up, down)]
+    yield train_gpt.softcap_ce, (leaf[0], targets, CAP)
+    yield train_gpt.softcap_ce_backward, (dlosses, z, targets, norm, CAP)
+    yield train_gpt.leaky_mlp_forward, (*leaf[1:], SLOPE)
+    yield train_gpt.leaky_mlp_dpre, (x, down, pre, SLOPE)
+
+
+@kernels
+@pytest.mark.parametrize("index", range(4))
+def test_operators_are_well_formed(index):
+    op, arguments = list(operator_samples())[index]
+    torch.library.opcheck(op, arguments)
+
+
+@kernels
+def test_one_graph_under_compile():
+    def loss(x, up, down, head, targets):
+        z = train_gpt.leaky_mlp(x, up, down, SLOPE) @ head.T
+        return train_gpt.softcap_cross_entropy(z, targets, CAP).mean()
+
+    leaves = [t.to(DEVICE).requires_grad_()
+              for t in seeded(4, (24, 16), (32, 16), (16, 32), (40, 16))]
+    targets = torch.arange(24, device=DEVICE)
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend=BACKEND)):
+        y = f(*leaves, targets)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves)])
+    torch.testing.assert_close(*results)

@@ -1,0 +1,514 @@
+"""§9 Artifact: round trips, refusals, fuzzing, the packed program; and §2's atomic write."""
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import brotli
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="lrzip is not installed")
+COMPRESSORS = ["brotli", "lzma", pytest.param("pergroup", marks=needs_lrzip)]
+
+
+def small_model(seed=0, vocab=300, width=48, layers=2):
+    """(tensors, roles) that have every role, dtype and odd shape."""
+    rng = np.random.default_rng(seed)
+    shapes = {"key": (24, width), "query": (width, width), "value": (24, width),
+              "attn_out": (width, width), "mlp_up": (96, width), "mlp_down": (width, 96)}
+    tensors = {"tok_emb": rng.normal(0, 4.5, (vocab, width)).round().astype(np.int8)}
+    roles = {"tok_emb": "embedding"}
+    for i in range(layers):
+        for role, shape in shapes.items():
+            tensors[f"blocks.{i}.{role}"] = rng.normal(0, 2.5, shape).round().astype(np.int8)
+            roles[f"blocks.{i}.{role}"] = role
+    for dtype in tg.PIECE_DTYPES:
+        tensors[f"small.{dtype}"] = (rng.normal(0, 9, (3, 5, 2)) ** 2).astype(dtype)
+    tensors["nan"] = np.array([np.nan, -0.0, np.inf], np.float16)
+    tensors["scalar"], tensors["empty"] = np.array(3.5, np.float32), np.zeros((0, 7), np.float16)
+    return tensors, roles
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+        assert found[name].flags.writeable and found[name].flags.c_contiguous
+
+
+def refusal(blob):
+    """The one line with which `blob` is refused."""
+    with pytest.raises(tg.UserError) as caught:
+        tg.decode_artifact(blob, "model.ptz")
+    line = str(caught.value)
+    assert line.startswith("model.ptz: ") and "\n" not in line and len(line) < 400
+    return line
+
+
+def reseal(blob, change):
+    """The file with its directory changed by change(meta, rows) and every outer check made good."""
+    _, _, packed, _, _, _ = tg.HEADER.unpack_from(blob)
+    base = tg.HEADER.size + packed
+    tree = json.loads(brotli.decompress(blob[tg.HEADER.size:base]))
+    change(*tree)
+    raw = json.dumps(tree).encode()
+    stored = brotli.compress(raw, quality=1)
+    header = tg.HEADER.pack(tg.MAGIC, tg.FORMAT_VERSION, len(stored), len(raw),
+                            tg.HEADER.size + len(stored) + len(blob) - base,
+                            hashlib.sha256(stored).digest()[:16])
+    return header + stored + blob[base:]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_round_trip_is_exact_and_bytes_are_deterministic(compressor):
+    tensors, roles = small_model()
+    meta = {"num_layers": 2, "names": ["a", "ü"], "rate": 0.1}
+    blob = tg.encode_artifact(tensors, roles, meta, compressor)
+    assert blob == tg.encode_artifact(dict(tensors), roles, meta, compressor)
+    assert b"\x80\x04" not in blob[:2] and b"numpy" not in blob[:64]
+    found, found_meta = tg.decode_artifact(blob, "model.ptz")
+    assert_same(found, tensors)
+    assert found_meta == meta
+    report = tg.artifact_report(blob)
+    assert sum(report.values()) == len(blob)
+    expected = {"rest", "directory"} | (set(tg.ROLES) if compressor == "pergroup" else set())
+    assert set(report) == expected
+
+
+def test_torch_tensors_and_views_are_stored_as_their_values():
+    tensor = torch.arange(12, dtype=torch.int8).reshape(3, 4)
+    blob = tg.encode_artifact({"t": tensor, "v": tensor.T}, {}, {}, "brotli")
+    found, _ = tg.decode_artifact(blob, "x")
+    assert_same(found, {"t": tensor.numpy(), "v": np.ascontiguousarray(tensor.numpy().T)})
+
+
+@pytest.mark.parametrize("tensor, role", [
+    (np.zeros(3, np.float64), None), (np.zeros(3, np.int64), None),
+    (np.zeros((2, 3, 4), np.int8), "query"), (np.zeros((2, 3), np.int8), "qeury")])
+@needs_lrzip
+def test_what_cannot_be_stored_raises(tensor, role):
+    with pytest.raises(ValueError, match="cannot store t"):
+        tg.encode_artifact({"t": tensor}, {"t": role} if role else {}, {}, "pergroup")
+
+
+def test_walk_equals_the_obvious_one():
+    matrix = np.random.default_rng(1).integers(-5, 6, (300, 17)).astype(np.int8)
+    matrix[200] = matrix[7]  # a tie
+    left, order = list(range(1, 300)), [0]
+    while left:
+        gaps = [np.abs(matrix[i].astype(int) - matrix[order[-1]]).sum() for i in left]
+        order.append(left.pop(int(np.argmin(gaps))))
+    walk = tg._nearest_walk(matrix)
+    assert walk.dtype == np.uint16 and walk.tolist() == order
+
+
+@needs_lrzip
+def test_rows_are_walked_only_where_it_pays():
+    rng = np.random.default_rng(2)
+    centres = rng.integers(-60, 60, (20, 64))
+    similar = (np.repeat(centres, 30, 0) + rng.integers(-1, 2, (600, 64))).astype(np.int8)
+    tensors = {"alike": similar[rng.permutation(600)],
+               "noise": rng.normal(0, 2.5, (64, 64)).round().astype(np.int8)}
+    blob = tg.encode_artifact(tensors, {"alike": "embedding", "noise": "query"}, {}, "pergroup")
+    kinds = {piece[0]: piece[1] for row, _ in tg._read_directory(blob)[1] for piece in row[6]}
+    assert kinds == {"alike/order": "order", "alike": "walked", "noise": "transposed"}
+    assert_same(tg.decode_artifact(blob, "x")[0], tensors)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+def test_foreign_truncated_and_newer_files_are_named():
+    tensors, roles = small_model()
+    blob = tg.encode_artifact(tensors, roles, {}, "brotli")
+    for foreign in (b"", b"PK\3\4" + blob[4:], bytes(100), b"\x80\x02}q\x00.", os.urandom(500)):
+        assert "not an artifact" in refusal(foreign)
+    assert "truncated" in refusal(blob[:20])
+    line = refusal(blob[:-1])
+    assert str(len(blob)) in line and str(len(blob) - 1) in line
+    assert "truncated" in refusal(blob + b"x")
+    newer = bytearray(blob)
+    newer[8] = 7
+    assert "format 7; this program reads 1" in refusal(bytes(newer))
+
+
+def test_every_flipped_bit_of_a_payload_or_directory_is_found():
+    tensors, roles = small_model(vocab=20)
+    blob = tg.encode_artifact(tensors, roles, {}, "lzma")
+    base = tg.artifact_report(blob)["directory"]
+    for place, text in ((tg.HEADER.size + 5, "directory: hash differs"),
+                        (base + 30, "stream 'rest': hash differs"),
+                        (len(blob) - 1, "stream 'rest': hash differs")):
+        damaged = bytearray(blob)
+        damaged[place] ^= 16
+        assert text in refusal(bytes(damaged))
+
+
+def edit_piece(field, value):
+    return lambda meta, rows: rows[0][6][1].__setitem__(field, value)
+
+
+def edit_stream(field, value):
+    return lambda meta, rows: rows[0].__setitem__(field, value)
+
+
+@pytest.mark.parametrize("change, text", [
+    (edit_piece(1, "pickle"), "unknown kind='pickle'"),
+    (edit_piece(2, "object"), "dtype='object'"),
+    (edit_piece(2, "int16"), "shape and size do not agree"),
+    (edit_piece(3, [10 ** 12, 48]), "shape and size do not agree"),
+    (edit_piece(3, [-24, -48]), "shape and size do not agree"),
+    (edit_piece(3, [2.5, 1]), "shape and size do not agree"),
+    (edit_piece(4, 10 ** 9), "range outside its stream"),
+    (edit_piece(4, -5), "range outside its stream"),
+    (edit_piece(5, 10 ** 12), "pieces of other size"),
+    (edit_piece(6, "0" * 32), "hash differs"),
+    (edit_piece(0, "tok_emb"), "two pieces have the same name"),
+    (edit_piece(0, 3), "of a wrong type"),
+    (lambda meta, rows: rows[0][6][1].__setitem__(slice(0, 2), ["a\nb", "x"]), r"piece 'a\nb'"),
+    (edit_piece(1, "walked"), "unreadable"),
+    (edit_stream(1, "rot13"), "unknown compressor 'rot13'"),
+    (edit_stream(1, "lzma"), "unreadable: LZMAError"),
+    (edit_stream(2, 1), "range outside the file"),
+    (edit_stream(3, 10 ** 9), "range outside the file"),
+    (edit_stream(3, -1), "range outside the file"),
+    (edit_stream(3, 5), "belong to no stream"),
+    (edit_stream(4, 10 ** 15), "more bytes than are allowed"),
+    (edit_stream(4, -1), "more bytes than are allowed"),
+    (edit_stream(4, 10 ** 8), "pieces of other size"),
+    (edit_stream(5, None), "hash differs"),
+    (lambda meta, rows: rows[0].pop(), "unreadable"),
+    (lambda meta, rows: rows.clear(), "belong to no stream"),
+    (lambda meta, rows: rows[0][6].pop(), "pieces of other size")])
+def test_a_directory_that_lies_is_refused(change, text):
+    tensors, roles = small_model()
+    blob = tg.encode_artifact(tensors, roles, {}, "brotli")
+    line = refusal(reseal(blob, change))
+    assert text in line
+
+
+@pytest.mark.parametrize("codec", COMPRESSORS)
+def test_a_decompression_bomb_stops_at_the_declared_size(codec):
+    codec = tg.COMPRESSORS[codec]
+    bomb = tg.CODECS[codec][0](bytes(1 << 22))
+    if codec == "lrzip":
+        with pytest.raises(subprocess.CalledProcessError):
+            tg.CODECS[codec][1](bomb, 1000)
+    else:
+        assert len(tg.CODECS[codec][1](bomb, 1000)) == 1001
+
+
+def mutate(rng, blob):
+    """One random damage: bytes changed, cut out, doubled, moved, or noise."""
+    data, place = bytearray(blob), rng.randrange(len(blob))
+    span = min(len(blob) - place, 1 << rng.randrange(10))
+    how = rng.randrange(6)
+    if how == 0:
+        for _ in range(1 + rng.randrange(4)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif how == 1:
+        data[place:place + span] = rng.randbytes(span)
+    elif how == 2:
+        del data[place:place + span]
+    elif how == 3:
+        data[place:place] = data[place:place + span]
+    elif how == 4:
+        del data[place:]
+    else:
+        data = bytearray(tg.MAGIC + rng.randbytes(rng.randrange(200)))
+    return bytes(data)
+
+
+def scramble(rng):
+    """A change of the directory that puts any JSON value anywhere."""
+    values = [None, True, -1, 0, 1, 2.5, 1e308, float("nan"), 10 ** 30, "", "order", "walked",
+              "transposed", "uint16", "lrzip", [], [[]], {}, [1, 2], "brotli", "lzma"]
+
+    def change(meta, rows):
+        node, steps = rows, rng.randrange(1, 5)
+        for _ in range(steps):
+            if not isinstance(node, list) or not node:
+                return
+            place = rng.randrange(len(node))
+            parent, node = node, node[place]
+        how = rng.randrange(4)
+        if how == 0:
+            parent[place] = rng.choice(values)
+        elif how == 1:
+            del parent[place]
+        elif how == 2:
+            parent.insert(place, json.loads(json.dumps(rng.choice(parent))))
+        else:
+            rng.shuffle(parent)
+    return change
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_fuzz_gives_the_right_tensors_or_one_line(compressor):
+    rng = random.Random(3)
+    tensors, roles = small_model(vocab=12, layers=1)
+    blob = tg.encode_artifact(tensors, roles, {"a": 1}, compressor)
+    right = 0
+    for number in range(3000):
+        bad = mutate(rng, blob) if number % 3 else reseal(blob, scramble(rng))
+        try:
+            found, _ = tg.decode_artifact(bad, "model.ptz")
+        except tg.UserError as error:
+            assert "\n" not in str(error) and str(error).startswith("model.ptz: ")
+            continue
+        right += 1
+        for name, array in found.items():  # whatever is accepted has passed its hash
+            assert array.nbytes <= sum(t.nbytes for t in tensors.values())
+            if name in tensors and number % 3:
+                assert array.tobytes() == tensors[name].tobytes()
+    assert right < 1500
+
+
+def test_nothing_in_a_file_is_run():
+    source = open(tg.__file__, encoding="utf-8").read()
+    assert "import pickle" not in source and "torch.load" not in source.split("# §9")[-1]
+
+
+# ---- what must be installed ----------------------------------------------------------------------
+
+def test_check_compressor(monkeypatch):
+    tg.check_compressor("brotli")
+    with pytest.raises(tg.UserError, match="COMPRESSOR=zip is unknown: choose from pergroup"):
+        tg.check_compressor("zip")
+    for module, package in (("brotli", "brotli"), ("python_minifier", "python-minifier")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(tg.UserError, match=f"pip install {package}"):
+                tg.check_compressor("lzma")
+
+
+def test_missing_lrzip_says_how_to_install_it(monkeypatch, tmp_path):
+    blob = tg.encode_artifact({"t": np.zeros(5, np.int8)}, {}, {}, "brotli")
+    foreign = reseal(blob, edit_stream(1, "lrzip"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(tg.UserError, match="apt-get install lrzip.*COMPRESSOR=brotli"):
+        tg.check_compressor("pergroup")
+    with pytest.raises(tg.UserError, match="apt-get install lrzip"):
+        tg.decode_artifact(foreign, "x")
+    tg.check_compressor("brotli")
+    tg.decode_artifact(blob, "x")
+
+
+# ---- the packed program --------------------------------------------------------------------------
+
+PROGRAM = '''
+"""A program whose docstring does not count."""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import multiprocessing
+import os
+import sys
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Its docstring does not count either."""
+    width: int = dataclasses.field(default=3, metadata={"help": "in columns"})
+    name: str = "two  spaces"
+
+
+@torch.library.custom_op("packed_test::scaled", mutates_args=())
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    # a comment
+    return x * factor
+
+
+@scaled.register_fake
+def _(x, factor):
+    return torch.empty_like(x)
+
+
+def child(queue):
+    queue.put(Config(9).width)
+
+
+def fails(depth: int) -> None:
+    if depth:
+        return fails(depth - 1)
+    raise RuntimeError("the end")
+
+
+TRITON
+
+
+def main():
+    x = torch.arange(4.0)
+    print(Config(), [(field.name, field.type) for field in dataclasses.fields(Config)])
+    compiled = torch.compile(lambda a: scaled(a, 2.0) + 1, fullgraph=True, backend="eager")
+    print(scaled(x, 1.5).tolist(), compiled(x).tolist(), kernel_result())
+    print(__name__, __spec__, __package__, os.path.basename(__file__), os.path.isabs(__file__))
+    print(os.path.samefile(__file__, sys.argv[0]), sys.argv[1:], os.environ.get("WORLD_SIZE"))
+    print("raise RuntimeError" in inspect.getsource(fails), "width" in inspect.getsource(Config))
+    print(os.path.samefile(sys.path[0], os.path.dirname(__file__)))
+    if "SPAWN" in sys.argv:
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        print(queue.get(timeout=120))
+        process.join()
+    if "FAIL" in sys.argv:
+        fails(2)
+
+
+if __name__ == "__main__":
+    main()
+'''
+KERNEL = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Doubles x [n]."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)  # a comment
+    tl.store(out_ptr + at, x + x, mask=at < n)
+
+
+def kernel_result():
+    x, out = torch.arange(10.0), torch.empty(10)
+    add_kernel[(1,)](x, out, 10, BLOCK=16)
+    return out.tolist()
+'''
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """(plain, packed): two files of one program in two folders."""
+    pytest.importorskip("python_minifier")
+    try:
+        import triton  # noqa: F401
+        kernel = KERNEL
+    except ImportError:
+        kernel = "def kernel_result():\n    return None\n"
+    source = PROGRAM.replace("TRITON", kernel)
+    folder = tmp_path_factory.mktemp("programs")
+    paths = []
+    for name, data in (("plain", source.encode()), ("packed", tg.pack_program(source))):
+        (folder / name).mkdir()
+        paths.append(folder / name / "program.py")
+        paths[-1].write_bytes(data)
+    return paths
+
+
+def launch(path, *arguments, torchrun=0):
+    command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"]
+                                 if torchrun else []), path.name, *arguments]
+    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+def test_packed_program_behaves_as_its_source(programs):
+    plain, packed = (launch(path, "a b", "--c=1", "SPAWN") for path in programs)
+    assert plain.returncode == 0, plain.stderr
+    assert packed.stdout == plain.stdout and packed.returncode == 0, packed.stderr
+
+
+def test_packed_program_fails_as_its_source(programs):
+    plain, packed = (launch(path, "FAIL") for path in programs)
+    assert packed.stdout == plain.stdout and packed.returncode == plain.returncode == 1
+    for text in ("RuntimeError: the end", "in fails\n", "in main\n", "return fails(depth"):
+        assert text in plain.stderr and text in packed.stderr, packed.stderr
+    assert plain.stderr.count("in fails") == packed.stderr.count("in fails") == 3
+
+
+@pytest.mark.dist
+def test_packed_program_under_torchrun(programs):
+    plain, packed = (launch(path, torchrun=2) for path in programs)
+    assert packed.returncode == plain.returncode == 0, packed.stderr
+    # two processes write at once, so that only the multiset of characters is fixed
+    assert sorted(packed.stdout) == sorted(plain.stdout) and "'--" not in packed.stdout
+
+
+def test_packing_is_deterministic_and_smaller():
+    pytest.importorskip("python_minifier")
+    source = open(tg.__file__, encoding="utf-8").read()
+    packed = tg.pack_program(source)
+    assert packed == tg.pack_program(source)
+    assert len(packed) < 0.5 * len(source.encode())
+
+
+def test_packed_source_is_visible_to_linecache(tmp_path):
+    pytest.importorskip("python_minifier")
+    source = textwrap.dedent('''
+        import linecache
+        if __name__ == "__main__":
+            print("".join(linecache.getlines(__file__)), end="")
+    ''')
+    (tmp_path / "p.py").write_bytes(tg.pack_program(source))
+    done = subprocess.run([sys.executable, "p.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("import linecache\n") and done.returncode == 0, done.stderr
+
+
+# ---- §2 write_atomic -----------------------------------------------------------------------------
+
+def test_write_atomic_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "model.ptz"
+    tg.write_atomic(path, b"old")
+    tg.write_atomic(str(path), b"newer")
+    assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["model.ptz"]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(tg.UserError, match="model.ptz.*No space left on device.*free") as caught:
+        tg.write_atomic(path, b"new")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.ptz"]
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(b"old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tg.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.ptz"]
+
+
+def test_a_real_limit_on_file_size_is_one_clear_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "model.ptz"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(tg.UserError, match="cannot write 1,000,000 bytes"):
+            tg.write_atomic(path, bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.ptz"]
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(tg.UserError, match="nowhere"):
+        tg.write_atomic(tmp_path / "nowhere" / "model.ptz", b"x")
