@@ -29,6 +29,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import lzma
 import math
 import os
@@ -45,7 +46,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -422,6 +423,27 @@ def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
 
     shown = rt.rank == 0 and sys.stderr.isatty()
     return tqdm(total=total, desc=label, unit=unit, disable=not shown, leave=False)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Writes the file `path` whole or not at all: an older file stays until the new one is on disk.
+
+    UserError, in one line with the remedy, if that fails (disk full, no such folder, no rights).
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write {len(data):,} bytes ({error.strerror}); an older "
+                        "file stays whole: free the disk or set another ARTIFACT_DIR") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 # ==================================================================================================
@@ -1484,19 +1506,6 @@ def prefetch(make: Callable[[int], Any], first: int, depth: int = 2) -> Iterator
         stop.set()
 
 
-class ValSet(NamedTuple):
-    """All validation ids (int64) and, parallel to them, the original bytes of each (int32)."""
-
-    ids: np.ndarray
-    bytes: np.ndarray
-
-    def documents(self) -> list[tuple[int, int]]:
-        """(begin, end) of every document; its last token is the BOS that follows."""
-        begins = np.flatnonzero(self.ids == BOS)
-        ends = np.append(begins[1:] + 1, len(self.ids))
-        return [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
-
-
 def data_folder(cfg: Config) -> Path:
     """DATA_PATH, or where prepare_caseops_data.py or the hub put the set under DATA_DIR."""
     if cfg.data_path:
@@ -1517,33 +1526,6 @@ def shard_paths(folder: Path, pattern: str) -> list[Path]:
         raise UserError(f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
                         "prepare_caseops_data.py (see README.md)")
     return found
-
-
-def load_val(cfg: Config) -> ValSet:
-    """The whole validation set with its byte sidecar, checked against each other."""
-    folder = data_folder(cfg)
-    stream = TokenStream(shard_paths(folder, "fineweb_val_*.bin"))
-    for path, shard in zip(stream.paths, stream.shards, strict=True):
-        side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
-        if not side.is_file():
-            raise UserError(f"{side}: the byte sidecar of {path.name} is missing; without it there "
-                            "is no BPB: prepare the data again")
-        sizes = open_shard(side)
-        if len(sizes) != len(shard):
-            raise UserError(f"{side}: {len(sizes)} byte counts for the {len(shard)} tokens of "
-                            f"{path.name}; prepare both again, together")
-        wrong = np.flatnonzero((shard == BOS) & (sizes != 0))
-        if wrong.size:
-            raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
-                            f"of {path.name}; prepare both again, together")
-    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
-    if ids[0] != BOS:
-        raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
-    if len(ids) < cfg.eval_seq_len + 1:
-        raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
-                        f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
-    sides = shard_paths(folder, "fineweb_val_bytes_*.bin")
-    return ValSet(ids, TokenStream(sides).read(0, len(ids)).astype(np.int32))
 
 
 def load_train(cfg: Config, rt: Runtime) -> TrainRows:
@@ -1785,20 +1767,24 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     return state
 
 
-# §9 Artifact --------------------------------------------------------------------------------------
+# ==================================================================================================
+# §9 Artifact
+# ==================================================================================================
 # file = header, directory, streams, without gaps; header = magic, version, bytes of the directory
 # (stored, raw) and of the file, digest of the directory; directory = JSON [meta, streams] (brotli);
 # stream = [group, codec, start after the directory, stored bytes, raw bytes, digest of the stored,
 # pieces]; piece = [name, kind, dtype, shape, start in the raw stream, bytes, digest].
 # A digest is the first 16 bytes of sha256: enough against damage, and nothing here is signed.
 MAGIC, FORMAT_VERSION, HEADER = b"\x93GOLF16\n", 1, struct.Struct("<8sHIIQ16s")
+MODEL_FILE, PROGRAM_FILE = "final_model.pt", "final_program.py"
+ARTIFACT_FILE, ARTIFACT_LIMIT = "final_model.int6.ptz", 16_000_000  # bytes, program included
 RAW_LIMIT = 1 << 30  # decompressed bytes that a file may ask for
 PIECE_KINDS = ("plain", "transposed", "walked", "order")  # walked: rows in an order, transposed
 PIECE_DTYPES = ("int8", "uint8", "int16", "uint16", "float16", "float32")
 ROLES = ("mlp_up", "mlp_down", "embedding", "query", "attn_out", "key", "value")  # largest first
 WALKED_ROLES, WALK_ROWS = ("embedding", "query", "mlp_up"), 16384  # the walk holds rows^2 floats
 COMPRESSORS = {"pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # the matrices' codec
-CODECS = {  # name: (compress, decompress to at most one byte more than the size declared)
+CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after)
     "brotli": (lambda raw: brotli.compress(raw, quality=11, lgwin=24),
                lambda raw, size: brotli.Decompressor().process(raw, output_buffer_limit=size + 1)),
     "lzma": (lambda raw: lzma.compress(raw, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
@@ -1837,7 +1823,7 @@ def _digest(data: bytes) -> str:
 
 def _require(condition: bool, problem: str) -> None:
     if not condition:
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def _nearest_walk(matrix: np.ndarray) -> np.ndarray:
@@ -1871,7 +1857,7 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[li
 
 
 def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
-    """The arrays of one directory row; ValueError (or another) if anything does not agree."""
+    """The arrays of one directory row; UserError (or another) if anything does not agree."""
     group, codec, _, _, size, digest, pieces = row
     _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
     _require(sum(piece[5] for piece in pieces) == size, f"stream {group!r}: pieces of other size")
@@ -1883,8 +1869,7 @@ def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
         _require(len(data) == length, f"{at}: range outside its stream")
         _require(_digest(data) == digest, f"{at}: hash differs")
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
-        elements = math.prod(max(side, 0) for side in shape)
-        _require(array.size == elements, f"{at}: shape and size do not agree")
+        _require(array.size == math.prod(shape), f"{at}: shape and size do not agree")
         array = array.reshape(shape[::-1]).T if kind in ("transposed", "walked") else array
         if kind == "order":
             order = array
@@ -1896,7 +1881,7 @@ def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
 
 def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta: dict,
                     compressor: str) -> bytes:
-    """The artifact file; equal arguments give equal bytes. ValueError: a tensor that has no place.
+    """The artifact file; equal arguments give equal bytes. UserError: a tensor that has no place.
 
     tensors: arrays or CPU torch tensors of the PIECE_DTYPES. roles: integer matrix -> one of
     ROLES; "pergroup" compresses each role by itself and the rest by brotli, the others all in
@@ -1914,7 +1899,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         # both ways are tried: for independent weights an order costs more than it saves
         if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
         for row, stored in pool.map(_encode_stream, jobs):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
@@ -1929,7 +1914,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     """(meta, [(stream's row, stored bytes)]); pieces are left to _decode_stream."""
-    _require(brotli is not None, "reading it needs brotli: pip install brotli")
+    check_compressor("brotli", packages=("brotli",))
     _require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
     _require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
     _, version, packed, raw, total, digest = HEADER.unpack_from(blob)
@@ -1958,33 +1943,12 @@ def decode_artifact(blob: bytes, source: str) -> tuple[dict[str, np.ndarray], di
         meta, streams = _read_directory(blob)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     except Exception as error:  # decompressors, JSON and rows of another form raise many types
-        kind = "" if type(error) is ValueError else f"unreadable: {type(error).__name__}: "
-        raise UserError(f"{source}: {kind}{' '.join(str(error).split())}") from error
+        text = " ".join(str(error).split())
+        raise UserError(f"{source}: unreadable: {type(error).__name__}: {text}") from error
     return {name: array for part in parts for name, array in part.items()}, meta
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes the file `path` whole or not at all: an older file stays until the new one is on disk.
-
-    UserError, in one line with the remedy, if that fails (disk full, no such folder, no rights).
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write {len(data):,} bytes ({error.strerror}); an older file "
-                        f"is unchanged: free the disk or set another ARTIFACT_DIR") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def artifact_report(blob: bytes) -> dict[str, int]:
@@ -2008,7 +1972,7 @@ exec(compile(s,n,'exec'))
 def pack_program(source: str) -> bytes:
     """A smaller file that Python runs as it would `source` (__main__, __file__, argv, getsource,
     spawned processes); it needs brotli only. Annotations stay: custom ops and dataclasses read
-    them. Names stay: some are keywords in Triton, and renaming locals would save only 2 kB."""
+    them. Names stay: some are keywords in Triton, and renaming locals would save only 1 kB."""
     import python_minifier
     small = python_minifier.minify(source, remove_literal_statements=True, remove_annotations=False,
                                    rename_locals=False, hoist_literals=False)
@@ -2022,6 +1986,61 @@ def pack_program(source: str) -> bytes:
 # ==================================================================================================
 # §10 Evaluation
 # ==================================================================================================
+class Forwards(NamedTuple):
+    """The model's one forward, compiled once for rows of one shape and once for any window."""
+
+    rows: Callable
+    windows: Callable
+
+
+def make_forwards(model: GPT, cfg: Config, rt: Runtime) -> Forwards:
+    if rt.device.type != "cuda" or not cfg.compile:
+        return Forwards(model, model)
+    torch._dynamo.config.recompile_limit = 64
+    rows = torch.compile(model, dynamic=False, fullgraph=True)
+    return Forwards(rows, torch.compile(model, dynamic=True))
+
+
+class ValSet(NamedTuple):
+    """All validation ids (int64) and, parallel to them, the original bytes of each (int32)."""
+
+    ids: np.ndarray
+    bytes: np.ndarray
+
+    def documents(self) -> list[tuple[int, int]]:
+        """(begin, end) of every document; its last token is the BOS that follows."""
+        begins = np.flatnonzero(self.ids == BOS)
+        ends = np.append(begins[1:] + 1, len(self.ids))
+        return [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
+
+
+def load_val(cfg: Config) -> ValSet:
+    """The whole validation set with its byte sidecar, checked against each other."""
+    folder = data_folder(cfg)
+    stream = TokenStream(shard_paths(folder, "fineweb_val_*.bin"))
+    for path, shard in zip(stream.paths, stream.shards, strict=True):
+        side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
+        if not side.is_file():
+            raise UserError(f"{side}: the byte sidecar of {path.name} is missing; without it there "
+                            "is no BPB: prepare the data again")
+        sizes = open_shard(side)
+        if len(sizes) != len(shard):
+            raise UserError(f"{side}: {len(sizes)} byte counts for the {len(shard)} tokens of "
+                            f"{path.name}; prepare both again, together")
+        wrong = np.flatnonzero((shard == BOS) & (sizes != 0))
+        if wrong.size:
+            raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
+                            f"of {path.name}; prepare both again, together")
+    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
+    if ids[0] != BOS:
+        raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
+    if len(ids) < cfg.eval_seq_len + 1:
+        raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
+                        f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
+    sides = shard_paths(folder, "fineweb_val_bytes_*.bin")
+    return ValSet(ids, TokenStream(sides).read(0, len(ids)).astype(np.int32))
+
+
 class Meter:
     """The one place where losses become val_loss and val_bpb: float64 sums on the device."""
 
@@ -2071,6 +2090,19 @@ def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
         mask = torch.arange(len(ids), device=rt.device) < end - begin
         meter.add(forward(row.ids, row.targets, row.segments, True)[0], sizes, mask)
     return meter.result()
+
+
+def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
+    rt.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+           f"eval_time:{1000 * seconds:.0f}ms")
+
+
+def timed_evaluation(label: str, forwards: Forwards, val: ValSet, cfg: Config,
+                     rt: Runtime) -> Score:
+    started = rt.seconds()
+    score = evaluate(forwards.rows, val, cfg, rt)
+    log_score(rt, label, score, rt.seconds() - started)
+    return score
 
 
 # ==================================================================================================
@@ -2234,7 +2266,7 @@ def train_globally(forward: Callable, model: GPT, scored: list[Document], val: V
     return steps
 
 
-def score_phased(forwards: "Forwards", model: GPT, val: ValSet, cfg: Config, rt: Runtime,
+def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                  init: Callable | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
@@ -2277,6 +2309,31 @@ def score_phased(forwards: "Forwards", model: GPT, val: ValSet, cfg: Config, rt:
     return meter.result()
 
 
+def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards,
+                   folder: Path) -> None:
+    """Read the artifact back and score it: plainly, then with phased test-time training."""
+    started = rt.seconds()
+    path = folder / ARTIFACT_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
+    arrays, shape = decode_artifact(path.read_bytes(), str(path))
+    for name, value in cfg.shape().items():
+        if shape.get(name) != value:
+            raise UserError(f"{path}: made with {name.upper()}={shape.get(name)}, the settings say "
+                            f"{value}; use the settings it was made with")
+    tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    model.load_state_dict(dequantise(tensors, model))
+    rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
+    val = load_val(cfg)
+    timed_evaluation("diagnostic quantized", forwards, val, cfg, rt)
+    if cfg.ttt_enabled:
+        ttt_started = rt.seconds()
+        score = score_phased(forwards, model, val, cfg, rt)
+        log_score(rt, "quantized_ttt_phased", score, rt.seconds() - ttt_started)
+        rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
+    rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
+
+
 # ==================================================================================================
 # §14 Training
 # ==================================================================================================
@@ -2303,21 +2360,6 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 def is_looped(f: float, cfg: Config) -> bool:
     return cfg.num_loops > 0 and f >= cfg.enable_looping_at
-
-
-class Forwards(NamedTuple):
-    """The model's one forward, compiled once for rows of one shape and once for any window."""
-
-    rows: Callable
-    windows: Callable
-
-
-def make_forwards(model: GPT, cfg: Config, rt: Runtime) -> Forwards:
-    if rt.device.type != "cuda" or not cfg.compile:
-        return Forwards(model, model)
-    torch._dynamo.config.recompile_limit = 64
-    rows = torch.compile(model, dynamic=False, fullgraph=True)
-    return Forwards(rows, torch.compile(model, dynamic=True))
 
 
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
@@ -2452,12 +2494,6 @@ def load_state(model: GPT, path: Path) -> None:
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
-MODEL_FILE, ARTIFACT_FILE, PROGRAM_FILE = (
-    "final_model.pt", "final_model.int6.ptz", "final_program.py"
-)
-ARTIFACT_LIMIT = 16_000_000  # bytes of program and artifact together
-
-
 def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
     """What ran: program, settings, versions, devices, and why this attention backend."""
     program = Path(__file__)
@@ -2471,19 +2507,6 @@ def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
     rt.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}")
     rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {attention.reason}")
-
-
-def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
-    rt.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-           f"eval_time:{1000 * seconds:.0f}ms")
-
-
-def timed_evaluation(label: str, forwards: Forwards, val: ValSet, cfg: Config,
-                     rt: Runtime) -> Score:
-    started = rt.seconds()
-    score = evaluate(forwards.rows, val, cfg, rt)
-    log_score(rt, label, score, rt.seconds() - started)
-    return score
 
 
 def make_model(cfg: Config, rt: Runtime, attention: "Attention") -> GPT:
@@ -2538,7 +2561,7 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     arrays = {name: t.numpy() for name, t in tensors.items()}
     blob = encode_artifact(arrays, roles, cfg.shape(), cfg.compressor)
-    program = pack_program(baked(Path(__file__).read_text(), cfg))
+    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
     rt.log(f"quantisation {quantised - started:.1f}s compression "
@@ -2549,30 +2572,6 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     rt.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
     if total > ARTIFACT_LIMIT:
         rt.log(f"warning: {total - ARTIFACT_LIMIT} bytes over the limit of {ARTIFACT_LIMIT}")
-
-
-def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, folder: Path) -> None:
-    """Read the artifact back and score it: plainly, then with phased test-time training."""
-    started = rt.seconds()
-    path = folder / ARTIFACT_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
-    arrays, shape = decode_artifact(path.read_bytes(), str(path))
-    for name, value in cfg.shape().items():
-        if shape.get(name) != value:
-            raise UserError(f"{path}: made with {name.upper()}={shape.get(name)}, the settings say "
-                            f"{value}; use the settings it was made with")
-    tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
-    model.load_state_dict(dequantise(tensors, model))
-    rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
-    val = load_val(cfg)
-    timed_evaluation("diagnostic quantized", forwards, val, cfg, rt)
-    if cfg.ttt_enabled:
-        ttt_started = rt.seconds()
-        score = score_phased(forwards, model, val, cfg, rt)
-        log_score(rt, "quantized_ttt_phased", score, rt.seconds() - ttt_started)
-        rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
-    rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
 
 
 def run(environ: Mapping[str, str]) -> None:

@@ -5,10 +5,12 @@ what another program computed with it. Every group of figures that the file hold
 exit code is 1 if one differs by more than it may, 2 if the file cannot be read.
 """
 
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +131,7 @@ def compare_evaluation(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comp
     }
     for name, (changes, limit) in runs.items():
         if f"eval/{name}" in file:
-            settings = t.replace(cfg, **changes)
+            settings = replace(cfg, **changes)
             model.load_state_dict(weights)
             forwards = t.Forwards(model, model)
             score = t.score_phased(forwards, model, val, settings, runtime(), cosine_start)
@@ -166,7 +168,8 @@ def main() -> int:
     try:
         for c in compare(sys.argv[1]):
             failed += not c.holds
-            print(f"{'ok  ' if c.holds else 'FAIL'} {c.name}: {c.error:.3g} (at most {c.limit:.3g})")
+            verdict = "ok  " if c.holds else "FAIL"
+            print(f"{verdict} {c.name}: {c.error:.3g} (at most {c.limit:.3g})")
     except (OSError, KeyError, ValueError, t.UserError) as error:
         print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,111 @@
+"""Time one training micro-batch, the optimiser and the average: `python bench/bench_step.py`.
+
+Settings are the program's environment variables (PRESET, ATTENTION, TRAIN_BATCH_TOKENS, ...).
+Every figure is the median of REPEATS timed runs (default 20) after 5 untimed ones, with its spread.
+TFLOP/s counts the operations of the matrix products and of causal attention. PROFILE=1 adds tables.
+"""
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as t
+
+REPEATS = int(os.environ.get("REPEATS", 20))
+
+
+def timed(rt: t.Runtime, work, repeats: int = REPEATS) -> tuple[float, float]:
+    """(median, spread between the 10th and 90th percentile) of one run, in ms."""
+    for _ in range(5 if rt.device.type == "cuda" else 1):
+        work()
+    samples = []
+    for _ in range(repeats):
+        started = rt.seconds()
+        work()
+        samples.append(1000 * (rt.seconds() - started))
+    tenths = statistics.quantiles(samples, n=10) if len(samples) > 1 else samples * 9
+    return statistics.median(samples), tenths[8] - tenths[0]
+
+
+def synthetic_row(cfg: t.Config, rt: t.Runtime, seed: int = 0) -> t.Row:
+    """Random ids; documents of log-normal length, about 950 tokens in the mean as in FineWeb."""
+    rng, length = np.random.default_rng(seed), cfg.train_batch_tokens // 8 + 1
+    ids = rng.integers(2, cfg.vocab_size, length)
+    begins = np.cumsum(rng.lognormal(6.35, 1.0, length).astype(int) + 2)
+    ids[begins[begins < length]] = ids[0] = t.BOS
+    return t.make_row(ids[:-1], ids[1:], cfg.train_seq_len, rt.device)
+
+
+def flops(cfg: t.Config, row: t.Row, looped: bool) -> float:
+    """Operations of forward and backward: 6 a weight and token, and attention's causal products."""
+    tokens, d = row.ids.numel(), cfg.model_dim
+    passes = len(t.layer_plan(cfg, looped))
+    weights = passes * 2 * d * (d + cfg.kv_dim + cfg.hidden_dim) + d * cfg.vocab_size
+    squares = row.segments.cu.diff().double().square().sum().item() / 2
+    return 6 * weights * tokens + 3 * passes * 4 * squares * d
+
+
+def profile(work) -> None:
+    """The kernels that take most of the time."""
+    with torch.profiler.profile() as found:
+        work()
+        torch.cuda.synchronize()
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40,
+                                       max_name_column_width=70)
+    print("\n".join(line[:72] + line[-90:] for line in table.splitlines()))
+
+
+def main() -> None:
+    cfg = t.Config.from_env(os.environ, Path(__file__).resolve().parents[1])
+    rt = t.start_runtime({})
+    attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
+    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, attention {attention.name}")
+    started = time.perf_counter()
+    model = t.make_model(cfg, rt, attention)
+    forward = t.make_forwards(model, cfg, rt).rows
+    optimisers = t.Optimisers(model, cfg, rt)
+    ema, row = t.Ema(model, cfg.ema_decay), synthetic_row(cfg, rt)
+    for looped in (False, True):
+
+        def step(looped=looped):
+            forward(row.ids, row.targets, row.segments, looped).mean().backward()
+
+        step()
+        rt.seconds()
+        print(f"first {'looped' if looped else 'plain'} step after "
+              f"{time.perf_counter() - started:.1f} s")
+        middle, spread = timed(rt, step)
+        rate = flops(cfg, row, looped) / middle / 1e9
+        print(f"forward+backward {'looped' if looped else 'plain '} {middle:8.2f} ms "
+              f"(+-{spread:.2f}) {rate:6.0f} TFLOP/s {row.ids.numel() / middle / 1e3:.2f} Mtok/s")
+        if os.environ.get("PROFILE"):
+            profile(step)
+    grads = [p.grad.clone() for p in model.parameters()]
+
+    def update():
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = g.clone()
+        optimisers.step(0.0, 0.95)
+
+    def copies():
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = g.clone()
+
+    copying = timed(rt, copies)[0]
+    middle, spread = timed(rt, update)
+    print(f"optimiser with clipping {middle - copying:8.2f} ms (+-{spread:.2f})")
+    middle, spread = timed(rt, ema.update)
+    print(f"average (EMA)           {middle:8.2f} ms (+-{spread:.2f})")
+    if rt.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

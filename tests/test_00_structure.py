@@ -1,0 +1,207 @@
+"""§0 Header: the file keeps the form that makes it readable, and importing it does nothing."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_gpt as t
+from tests.tools import PROGRAM, ROOT
+
+SOURCE = PROGRAM.read_text()
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+RULE = "# " + "=" * 98
+
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 2,920.
+SECTIONS = {
+    0: ("Header", 50), 1: ("Config", 285), 2: ("Runtime", 95), 3: ("Kernels", 305),
+    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 250),
+    8: ("Quantisation", 215), 9: ("Artifact", 240), 10: ("Evaluation", 70),
+    11: ("Test-time training", 215), 12: ("N-gram", 110), 13: ("SLOT", 80), 14: ("Training", 185),
+    15: ("Main", 180),
+}
+MOST_LINES = 2920
+LONGEST_FUNCTION = 65
+# Public names whose name, annotations and one or two lines of body say everything.
+NO_DOCSTRING = {
+    "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
+    "banks", "norm", "add_skip", "mix_lanes", "update", "load_train", "row", "decode_gptq",
+    "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
+    "log_score", "timed_evaluation", "tl",
+}
+
+
+def banners() -> list[tuple[int, str, int]]:
+    """(number, title, line) of every section, in the order of the file."""
+    hits = ((re.fullmatch(r"# §(\d+) ([\w -]*\w)(?: -+)?", line), i)
+            for i, line in enumerate(LINES, 1))
+    return [(int(hit[1]), hit[2], i) for hit, i in hits if hit]
+
+
+def definitions(node=TREE, inside=False):
+    """(definition, whether it stands inside a function) for all functions and classes."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield child, inside
+        yield from definitions(child, inside or isinstance(child, ast.FunctionDef))
+
+
+def test_contents_are_the_banners():
+    contents = t.__doc__[t.__doc__.index("\nContents"):t.__doc__.index("\nSymbols")]
+    told = sorted((int(n), title) for n, title in
+                  re.findall(r"§(\d+) ([A-Z][\w-]*(?: [\w-]+)*)", contents))
+    assert told == [(number, title) for number, title, _ in banners()]
+
+
+def test_banners_are_known_in_order_and_alike():
+    found = banners()
+    numbers = [number for number, _, _ in found]
+    assert numbers == sorted(set(numbers))
+    assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15} <= set(numbers)
+    for number, title, _ in found:
+        assert SECTIONS[number][0] == title
+    odd = [title for _, title, line in found if LINES[line - 2] != RULE or LINES[line] != RULE]
+    assert not odd, f"banners between two lines of {RULE[:12]}...: {odd}"
+
+
+def test_every_section_has_its_test_file():
+    files = {int(path.name[5:7]) for path in Path(__file__).parent.glob("test_[0-9][0-9]_*.py")}
+    assert {number for number, _, _ in banners()} <= files
+
+
+def test_line_ceilings():
+    assert sum(most for _, most in SECTIONS.values()) <= MOST_LINES
+    found = banners()
+    ends = [line for _, _, line in found[1:]] + [len(LINES) + 2]
+    counts = {number: end - begin for (number, _, begin), end in zip(found, ends, strict=True)}
+    counts[0] = found[1][2] - 2  # from the first line of the file
+    table = "\n".join(f"§{n:<2} {c:4} of {SECTIONS[n][1]}{' <-- too long' * (c > SECTIONS[n][1])}"
+                      for n, c in counts.items())
+    assert all(count <= SECTIONS[number][1] for number, count in counts.items()), "\n" + table
+    assert len(LINES) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]),
+                         ids=lambda path: path.name)
+def test_lines_are_at_most_100_columns(path):
+    long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long
+
+
+def test_functions_are_short():
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node, _ in definitions()
+               if isinstance(node, ast.FunctionDef)}
+    assert not {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION}
+
+
+def test_public_names_have_docstrings():
+    bare = {node.name for node, inside in definitions()
+            if not inside and not node.name.startswith("_") and not ast.get_docstring(node)}
+    methods = {"forward", "__init__"}
+    assert bare - methods - NO_DOCSTRING == set()
+    assert NO_DOCSTRING - bare == set(), "they have one now: take them off the list"
+
+
+def test_nothing_is_defined_in_vain():
+    """Every top-level name is used: in the program, or by the files around it (then say which)."""
+    elsewhere = {"artifact_report", "decode_rows"}
+    names = [node.name for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names += [target.id for node in TREE.body if isinstance(node, ast.Assign)
+              for target in node.targets if isinstance(target, ast.Name)]
+    once = {name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2}
+    assert once <= elsewhere
+    assert len(names) == len(set(names)), "a name is defined twice"
+
+
+def test_forbidden_constructs():
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: global"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), node.lineno
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            assert name not in ("pickle.load", "pickle.loads", "os.system"), node.lineno
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), node.lineno
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "load":
+            options = {keyword.arg: keyword.value for keyword in node.keywords}
+            if getattr(node.func.value, "id", "") == "torch":
+                assert options["weights_only"].value is True, node.lineno
+
+
+def test_dependencies_point_upwards():
+    """A section's code, run at import, uses only what stands above: Python sees to that. Here: no
+    function body of §1-§13 names anything that only §14 or §15 defines."""
+    found = {number: line for number, _, line in banners()}
+    own = {node.name: node.lineno for node in TREE.body
+           if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    late = {name for name, line in own.items() if line > found[14]}
+    for node in TREE.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno < found[14]:
+            names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            local = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+            used = {n.id for n in names} - local
+            assert not used & late, f"{node.name} uses {used & late}"
+
+
+def test_every_setting_is_read():
+    """A setting that nothing reads is a promise that nothing keeps."""
+    start = next(n for n in TREE.body if getattr(n, "name", "") == "Config")
+    fields = "\n".join(LINES[start.lineno - 1:start.end_lineno])
+    rest = SOURCE.replace(fields[:fields.index("def from_env")], "")
+    for name in t.SETTINGS:
+        used = re.search(rf"\.{name.lower()}\b|[\"']{name.lower()}[\"']", rest)
+        assert used, f"{name} is read nowhere"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.env")), ids=lambda p: p.stem)
+def test_presets_are_known(path):
+    cfg = t.Config.from_env({"PRESET": path.stem}, ROOT)
+    assert cfg == t.Config.from_env({"PRESET": str(path)})
+    assert "# Launch:" in path.read_text()
+
+
+def test_pr1855_is_the_default():
+    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == t.Config()
+
+
+IMPORT = """
+import os, sys, collections
+import numpy, torch, brotli
+try:
+    import triton, triton.language, triton.tools.tensor_descriptor
+except ImportError:
+    pass
+read = []
+class Watched(collections.UserDict):
+    def __getitem__(self, key):
+        read.append(key)
+        return super().__getitem__(key)
+    def __contains__(self, key):
+        read.append(key)
+        return super().__contains__(key)
+os.environ = Watched(dict(os.environ))
+state, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+import train_gpt
+names = {*train_gpt.SETTINGS, *train_gpt.FIXED, "PRESET", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
+ours = names & set(read)
+assert not ours, ours
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert torch.equal(state, torch.get_rng_state())
+assert (dtype, threads) == (torch.get_default_dtype(), torch.get_num_threads())
+assert "sentencepiece" not in sys.modules and "python_minifier" not in sys.modules
+assert os.listdir() == [], os.listdir()
+"""
+
+
+def test_import_does_nothing(tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path.parent), "PYTHONPATH": str(ROOT),
+           "PYTHONDONTWRITEBYTECODE": "1", "PRESET": "nosuch", "MODEL_DIM": "x", "TTT_RNAK": "1",
+           "WORLD_SIZE": "3", "RANK": "x"}
+    run = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=env, text=True,
+                         capture_output=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""

@@ -1,0 +1,61 @@
+"""§2 Runtime: one process is the identity, the world divides 8, rank 0 alone writes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_gpt as t
+from tests.tools import ROOT
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("world", [0, 3, 5, 6, 7, 9, 16, -1])
+def test_a_world_that_does_not_divide_8_is_refused(world):
+    with pytest.raises(t.UserError, match=rf"WORLD_SIZE={world}: must divide 8.*1, 2, 4 or 8"):
+        t.start_runtime({"WORLD_SIZE": str(world), "RANK": "0"})
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_eight_rows_are_shared_out(world):
+    assert t.Runtime(0, world, CPU).accumulation * world == 8
+
+
+def test_alone_is_rank_0_of_1_and_collectives_are_the_identity(rt):
+    if not torch.cuda.is_available():
+        started = t.start_runtime({})
+        assert (started.rank, started.world, started.device) == (0, 1, CPU)
+    x = torch.arange(3.0)
+    assert rt.sum_(x) is x
+    assert x.tolist() == [0, 1, 2]
+    assert rt.sync_clock(1.25) == 1.25
+    rt.barrier()
+    assert rt.dtype == torch.float32
+
+
+def test_the_log_is_console_and_file_by_rank_0_alone(tmp_path, capsys):
+    for rank in (0, 1):
+        rt = t.Runtime(rank, 8, CPU)
+        rt.open_log(tmp_path / str(rank) / "run.txt")
+        rt.log("one: ü")
+        rt.log("two")
+    assert capsys.readouterr().out == "one: ü\ntwo\n"
+    assert (tmp_path / "0" / "run.txt").read_text() == "one: ü\ntwo\n"
+    assert not (tmp_path / "1").exists()
+
+
+def test_generators_repeat(rt):
+    a, b = (torch.rand(5, generator=rt.generator(7)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, torch.rand(5, generator=rt.generator(8)))
+
+
+def test_the_bar_draws_on_terminals_only():
+    code = ("import torch, train_gpt as t\n"
+            "bar = t.progress_bar(3, t.Runtime(0, 1, torch.device('cpu')), 'train', 'step')\n"
+            "bar.update(); bar.update(2); bar.close()\n")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120,
+                         check=True)
+    assert run.stdout == run.stderr == b""
