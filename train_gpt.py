@@ -1165,11 +1165,13 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [B, T, in] -> [B, T, out], or 0 for a role that is left out."""
-        key = f"{role}{slot}"
+        """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
+
+        The b <= B rows belong to the last b documents: the longest, which are the last to end."""
+        key, rows = f"{role}{slot}", x.shape[0]
         if key not in self.A:
             return 0.0
-        a, b = self.A[key].to(x.dtype), self.B[key].to(x.dtype)
+        a, b = self.A[key][-rows:].to(x.dtype), self.B[key][-rows:].to(x.dtype)
         return (x @ a.mT) @ b.mT * self.scale
 
 
@@ -1743,7 +1745,7 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
 
     def weight(name: str, shape: torch.Size) -> Tensor:
-        pieces = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if k.rsplit(".", 1)[0] == name}
+        pieces = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
         if name in tensors:
             W = tensors[name].float()
         elif {"q", "s"} <= pieces.keys():
@@ -2132,42 +2134,41 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
 
 
 class Window(NamedTuple):
-    """One chunk of a batch of documents, planned: what is read, what is scored, who trains."""
+    """One chunk of a batch of documents, planned: what is read, what is scored, who trains.
 
-    ids: Tensor  # [B, T] left-aligned contexts that end at the chunk's end
-    at: Tensor  # [B, C] positions of the chunk's targets in the context
-    targets: Tensor  # [B, C]
-    sizes: Tensor  # [B, C] original bytes
-    mask: Tensor  # [B, C] which targets exist
-    trains: Tensor  # [B] 1 where the document has a further chunk
+    Rows are the b documents that reach the chunk; batches rise in length, so these are the last."""
+
+    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end
+    at: Tensor  # [b, C] positions of the chunk's targets in the context
+    targets: Tensor  # [b, C]
+    sizes: Tensor  # [b, C] original bytes
+    mask: Tensor  # [b, C] which targets exist
+    trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
+    count: int  # targets scored
 
 
 def plan_window(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
                 device: torch.device) -> Window:
-    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
-
-    A document that has ended keeps its row, empty: its adapters only decay from then on."""
-    C, rows = cfg.ttt_chunk_size, []
-    for doc in batch:
-        first, last = chunk * C, min((chunk + 1) * C, doc.targets)
-        start = max(0, last - cfg.ttt_eval_seq_len)
-        rows.append((doc.begin, start, first, last) if first < last else None)
-    width = max(row[3] - row[1] for row in rows if row)
-    ids = np.zeros((len(batch), width), np.int64)
-    at, targets, sizes, mask = (np.zeros((len(batch), C), np.int64) for _ in range(4))
-    for b, row in enumerate(rows):
-        if row:
-            begin, start, first, last = row
-            n = last - first
-            ids[b, : last - start] = val.ids[begin + start : begin + last]
-            at[b, :n] = np.arange(first - start, last - start)
-            targets[b, :n] = val.ids[begin + first + 1 : begin + last + 1]
-            sizes[b, :n] = val.bytes[begin + first + 1 : begin + last + 1]
-            mask[b, :n] = 1
-    trains = np.array([doc.targets > (chunk + 1) * C for doc in batch], np.float32)
+    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens."""
+    C = cfg.ttt_chunk_size
+    reach = [doc for doc in batch if doc.targets > chunk * C]
+    ends = [min((chunk + 1) * C, doc.targets) for doc in reach]
+    starts = [max(0, end - cfg.ttt_eval_seq_len) for end in ends]
+    width = max(end - start for start, end in zip(starts, ends, strict=True))
+    ids = np.zeros((len(reach), width), np.int64)
+    at, targets, sizes, mask = (np.zeros((len(reach), C), np.int64) for _ in range(4))
+    for b, (doc, start, end) in enumerate(zip(reach, starts, ends, strict=True)):
+        first, n = doc.begin + chunk * C, end - chunk * C
+        ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
+        at[b, :n] = np.arange(chunk * C - start, end - start)
+        targets[b, :n] = val.ids[first + 1 : first + n + 1]
+        sizes[b, :n] = val.bytes[first + 1 : first + n + 1]
+        mask[b, :n] = 1
+    trains = np.array([doc.targets > (chunk + 1) * C for doc in reach], np.float32)
     arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-    return Window(*(torch.from_numpy(x).to(device) for x in arrays), bool(trains.any()))
+    tensors = (torch.from_numpy(x).to(device) for x in arrays)
+    return Window(*tensors, bool(trains.any()), int(mask.sum()))
 
 
 class Scored:
@@ -2213,7 +2214,8 @@ class Adapter:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter) -> None:
+def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
+                advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are trained on."""
     size = adapter.cfg.ttt_chunk_size
     for chunk in range(max(-(-doc.targets // size) for doc in batch)):
@@ -2221,6 +2223,28 @@ def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Met
         scored = adapter.score(window, meter)
         if window.updates:
             adapter.train(scored)
+        advance(window.count)
+
+
+class ScoreProgress:
+    """Rank 0's progress through its targets: a bar on a terminal, else a line every 20 s."""
+
+    def __init__(self, total: int, meter: Meter, rt: Runtime):
+        self.total, self.meter, self.rt, self.done = total, meter, rt, 0
+        self.started, self.reported = time.perf_counter(), 0.0
+        self.bar = progress_bar(total, rt, "score", "token")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def __call__(self, count: int) -> None:
+        """`count` more targets are scored."""
+        self.done += count
+        self.bar.update(count)
+        if self.rt.rank == 0 and self.bar.disable and self.seconds() - self.reported > 20:
+            self.reported, part = self.seconds(), self.meter.result(everywhere=False)
+            self.rt.log(f"ttt_progress: {self.done}/{self.total} targets of rank 0 val_loss:"
+                        f"{part.loss:.4f} val_bpb:{part.bpb:.4f} time:{self.seconds():.1f}s")
 
 
 def global_rows(tokens: np.ndarray, cfg: Config) -> Iterator[tuple[float, int, int]]:
@@ -2277,35 +2301,29 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
     init = init or uniform_start(rt.generator(cfg.seed + rt.rank))
     documents = [Document(*d) for d in val.documents()]
     batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries = phase_boundaries(cfg, len(documents))
-    meter, started, reported = Meter(rt), time.perf_counter(), 0.0
-    adapter, done, bar = None, 0, progress_bar(len(documents), rt, "score", "doc")
-    for top in range(len(batches), 0, -rt.world):
-        numbers = range(top - 1, max(top - 1 - rt.world, -1), -1)  # this round, longest first
+    boundaries, meter, adapter, done = phase_boundaries(cfg, len(documents)), Meter(rt), None, 0
+    mine = (doc.targets for batch in batches[::-1][rt.rank :: rt.world] for doc in batch)
+    advance = ScoreProgress(sum(mine), meter, rt)
+    for top in range(len(batches) - 1, -1, -rt.world):
+        numbers = range(top, max(top - rt.world, -1), -1)  # this round, longest first
         done += sum(len(batches[number]) for number in numbers)
         if rt.rank < len(numbers):
             batch = batches[numbers[rt.rank]]
             if len(batch) != cfg.ttt_batch_size:
-                score_batch(Adapter(forwards.windows, cfg, rt, len(batch), init), batch, val, meter)
+                used = Adapter(forwards.windows, cfg, rt, len(batch), init)
+            elif adapter is None:
+                used = adapter = Adapter(forwards.windows, cfg, rt, len(batch), init)
             else:
-                if adapter is None:
-                    adapter = Adapter(forwards.windows, cfg, rt, len(batch), init)
-                else:
-                    adapter.reset()
-                score_batch(adapter, batch, val, meter)
-        bar.update(sum(len(batches[number]) for number in numbers))
-        seconds = time.perf_counter() - started
-        if seconds - reported > 20:
-            reported, part = seconds, meter.result(everywhere=False)
-            rt.log(f"ttt_progress: docs:{done}/{len(documents)} rank 0 so far val_loss:"
-                   f"{part.loss:.4f} val_bpb:{part.bpb:.4f} time:{seconds:.1f}s")
+                used = adapter
+                used.reset()
+            score_batch(used, batch, val, meter, advance)
         if boundaries and done >= boundaries[0] and numbers[-1] > 0:
-            scored = [doc for group in batches[numbers[-1]:] for doc in group][: boundaries[0]]
+            scored = [doc for batch in batches[numbers[-1] :] for doc in batch][: boundaries[0]]
             steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
-                   f"time:{time.perf_counter() - started:.1f}s")
+                   f"time:{advance.seconds():.1f}s")
             adapter = None  # adapters and their optimiser are made anew
-    bar.close()
+    advance.bar.close()
     return meter.result()
 
 

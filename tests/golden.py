@@ -5,10 +5,11 @@ what another program computed with it. Every group of figures that the file hold
 exit code is 1 if one differs by more than it may, 2 if the file cannot be read.
 """
 
-import dataclasses
 import json
 import math
+import pickle
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,14 +165,17 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m tests.golden FILE.npz", file=sys.stderr)
         return 2
-    failed = 0
+    failed = done = 0
     try:
         for c in compare(sys.argv[1]):
-            failed += not c.holds
+            done, failed = done + 1, failed + (not c.holds)
             verdict = "ok  " if c.holds else "FAIL"
             print(f"{verdict} {c.name}: {c.error:.3g} (at most {c.limit:.3g})")
-    except (OSError, KeyError, ValueError, t.UserError) as error:
-        print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
+        if not done:
+            raise ValueError("no group of figures that is known here")
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile,
+            pickle.UnpicklingError, t.UserError) as error:
+        print(f"error: {sys.argv[1]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{failed} comparisons failed" if failed else "all comparisons hold")
     return 1 if failed else 0

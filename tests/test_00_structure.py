@@ -18,11 +18,11 @@ RULE = "# " + "=" * 98
 
 # section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 2,920.
 SECTIONS = {
-    0: ("Header", 50), 1: ("Config", 285), 2: ("Runtime", 95), 3: ("Kernels", 305),
-    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 250),
-    8: ("Quantisation", 215), 9: ("Artifact", 240), 10: ("Evaluation", 70),
-    11: ("Test-time training", 215), 12: ("N-gram", 110), 13: ("SLOT", 80), 14: ("Training", 185),
-    15: ("Main", 180),
+    0: ("Header", 66), 1: ("Config", 285), 2: ("Runtime", 115), 3: ("Kernels", 305),
+    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 215),
+    8: ("Quantisation", 215), 9: ("Artifact", 220), 10: ("Evaluation", 125),
+    11: ("Test-time training", 250), 12: ("N-gram", 110), 13: ("SLOT", 80), 14: ("Training", 165),
+    15: ("Main", 135),
 }
 MOST_LINES = 2920
 LONGEST_FUNCTION = 65
@@ -31,7 +31,7 @@ NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
     "banks", "norm", "add_skip", "mix_lanes", "update", "load_train", "row", "decode_gptq",
     "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
-    "log_score", "timed_evaluation", "tl",
+    "log_score", "timed_evaluation", "tl", "seconds",
 }
 
 
@@ -143,6 +143,7 @@ def test_dependencies_point_upwards():
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno < found[14]:
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
             local = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+            local |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
             used = {n.id for n in names} - local
             assert not used & late, f"{node.name} uses {used & late}"
 

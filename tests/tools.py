@@ -89,7 +89,9 @@ def val_set(lengths, vocab=64, seed=3) -> t.ValSet:
 def busy_model(cfg: t.Config, seed=0, dtype=torch.float32, attend: Callable = t.attend_ref):
     """A model in which nothing is zero or one by accident, so that every part shows."""
     generator = torch.Generator().manual_seed(seed)
-    model = t.GPT(cfg, attend, dtype).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = t.GPT(cfg, attend, dtype).to(dtype)
     for p in model.parameters():
         scale = 0.5 * p.shape[-1] ** -0.5 if p.dim() == 3 and p.shape[-1] > 2 else 0.3
         p.add_(scale * torch.randn(p.shape, generator=generator))

@@ -1,0 +1,123 @@
+"""Logs -> submission.json and a table: `python submission.py LOG [LOG ...]`.
+
+Nothing enters submission.json that a log does not say; a figure that a log lacks is null. Statistics
+are the mean and the sample standard deviation over the logs, one log a seed.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+# figure: (pattern of its line in a log, type)
+FIGURES = {
+    "seed": (r"^  seed: (\d+)", int),
+    "program_sha256": (r"^program: \S+ sha256:(\w+)", str),
+    "versions": (r"^(python \S+, torch \S+, numpy \S+)", str),
+    "hardware": (r"^devices: (.+?), torch\.", str),
+    "steps": (r"^training stopped: train_time: \d+ms step: (\d+)/", int),
+    "train_time_ms": (r"^training stopped: train_time: (\d+)ms", int),
+    "prequant_val_bpb": (r"^diagnostic pre-quantization post-ema val_loss:\S+ val_bpb:(\S+)", float),
+    "quantized_val_bpb": (r"^diagnostic quantized val_loss:\S+ val_bpb:(\S+)", float),
+    "val_loss": (r"^quantized_ttt_phased val_loss:(\S+)", float),
+    "val_bpb": (r"^quantized_ttt_phased val_loss:\S+ val_bpb:(\S+)", float),
+    "compressor": (r"^Serialized model quantized\+(\w+):", str),
+    "bytes_model": (r"^Serialized model quantized\+\w+: (\d+) bytes", int),
+    "bytes_code": (r"^Code size: (\d+) bytes", int),
+    "bytes_total": (r"^Total submission size quantized\+\w+: (\d+) bytes", int),
+    "eval_time_ms": (r"^quantized_ttt_phased .*eval_time:(\d+)ms", int),
+    "total_eval_time_s": (r"^total_eval_time:(\S+)s", float),
+}
+STATISTICS = ("prequant_val_bpb", "quantized_val_bpb", "val_loss", "val_bpb", "bytes_total")
+FREE = {"seed", "run_id", "artifact_dir"}  # settings in which the logs of one submission may differ
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line, exit code 2."""
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """The block of `  name: value` lines after `Hyperparameters:`, less what may differ."""
+    block = re.search(r"^Hyperparameters:\n((?:  \w+: .*\n)+)", text, re.MULTILINE)
+    pairs = (line.strip().split(": ", 1) for line in block.group(1).splitlines()) if block else ()
+    return {name: value for name, value in pairs if name not in FREE}
+
+
+def read_log(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(figures, settings) of one log; UserError if it has neither."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such log; run ./run_3seed.sh first")
+    text = path.read_text()
+    figures: dict[str, Any] = {"log": str(path)}
+    for name, (pattern, kind) in FIGURES.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        figures[name] = kind(found.group(1)) if found else None
+    settings = settings_of(text)
+    if figures["seed"] is None or not settings:
+        raise UserError(f"{path}: not a log of train_gpt.py (no settings in it)")
+    return figures, settings
+
+
+def build(paths: list[Path]) -> dict[str, Any]:
+    """What goes into submission.json; UserError where the logs are not of one configuration."""
+    read = [read_log(path) for path in paths]
+    runs, first = [figures for figures, _ in read], read[0][1]
+    for figures, settings in read[1:]:
+        unlike = sorted(n for n in first.keys() | settings if first.get(n) != settings.get(n))
+        if unlike or figures["program_sha256"] != runs[0]["program_sha256"]:
+            raise UserError(f"{figures['log']}: other {', '.join(unlike) or 'program'} than "
+                            f"{runs[0]['log']}; a submission is one configuration")
+    if len({run["seed"] for run in runs}) < len(runs):
+        raise UserError("two logs have the same seed; a submission counts every seed once")
+    changed = {n: v[: -len("  (not the default)")] for n, v in first.items() if "(not the " in v}
+    summary: dict[str, Any] = {"runs": len(runs)}
+    for name in STATISTICS:
+        values = [run[name] for run in runs if run[name] is not None]
+        if len(values) == len(runs):
+            summary[f"{name}_mean"] = statistics.mean(values)
+            summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    return {"summary": summary, "settings_not_default": changed, "seeds": runs}
+
+
+def table(submission: dict[str, Any]) -> str:
+    """The runs as a small Markdown table, one row a seed and the mean."""
+
+    def cell(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = ["| seed | pre-quantisation BPB | quantised BPB | test-time-trained BPB | bytes "
+            "| training s | evaluation s |", "|--:|--:|--:|--:|--:|--:|--:|"]
+    for run in submission["seeds"]:
+        seconds = None if run["train_time_ms"] is None else run["train_time_ms"] / 1000
+        rows.append(f"| {run['seed']} | {cell(run['prequant_val_bpb'], '.5f')} | "
+                    f"{cell(run['quantized_val_bpb'], '.5f')} | {cell(run['val_bpb'], '.5f')} | "
+                    f"{cell(run['bytes_total'], ',')} | {cell(seconds, '.1f')} | "
+                    f"{cell(run['total_eval_time_s'], '.1f')} |")
+    s = submission["summary"]
+    if s["runs"] > 1:
+        means = (cell(s.get(f"{n}_mean"), ".5f") for n in STATISTICS[:2] + STATISTICS[3:4])
+        spread = cell(s.get("val_bpb_std"), ".5f")
+        rows.append(f"| mean | {' | '.join(means)} (std {spread}, n = {s['runs']}) | | | |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    paths = [Path(name) for name in sys.argv[1:]]
+    try:
+        if not paths:
+            raise UserError("no log given; usage: python submission.py LOG [LOG ...]")
+        submission = build(paths)
+        aside = Path("submission.json.tmp")
+        aside.write_text(json.dumps(submission, indent=1) + "\n")
+        aside.replace("submission.json")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(submission))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
