@@ -1,7 +1,7 @@
 """Logs -> submission.json and a table: `python submission.py LOG [LOG ...]`.
 
-Nothing enters submission.json that a log does not say; a figure that a log lacks is null. Statistics
-are the mean and the sample standard deviation over the logs, one log a seed.
+Nothing enters submission.json that a log does not say; a figure that a log lacks is null.
+Statistics are the mean and the sample standard deviation over the logs, one log a seed.
 """
 
 import json
@@ -19,7 +19,7 @@ FIGURES = {
     "hardware": (r"^devices: (.+?), torch\.", str),
     "steps": (r"^training stopped: train_time: \d+ms step: (\d+)/", int),
     "train_time_ms": (r"^training stopped: train_time: (\d+)ms", int),
-    "prequant_val_bpb": (r"^diagnostic pre-quantization post-ema val_loss:\S+ val_bpb:(\S+)", float),
+    "prequant_val_bpb": (r"^diagnostic pre-quantization .*val_bpb:(\S+)", float),
     "quantized_val_bpb": (r"^diagnostic quantized val_loss:\S+ val_bpb:(\S+)", float),
     "val_loss": (r"^quantized_ttt_phased val_loss:(\S+)", float),
     "val_bpb": (r"^quantized_ttt_phased val_loss:\S+ val_bpb:(\S+)", float),

@@ -85,7 +85,7 @@ class Config:
     Defaults are those of #1855's headline run."""
 
     # -- run and files
-    seed: int = setting(1337, "seed of weights, LoRA starts and synthetic warm-up data", 0)
+    seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
     run_id: str = setting("", "name of the log; default: date, time and process")
     artifact_dir: str = setting("", "folder for log, model, artifact; default: logs/ and .")
     data_dir: str = setting("./data/", "root under which data sets are looked for")
@@ -229,6 +229,8 @@ class Config:
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
             (not (loops and self.parallel_start_layer) or self.loop_end < self.parallel_start_layer,
              "LOOP_END must be below PARALLEL_START_LAYER: two lanes do not join again"),
+            (self.parallel_start_layer < self.num_layers,
+             "PARALLEL_START_LAYER must be below NUM_LAYERS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
             (self.val_batch_tokens % 8 == 0, "VAL_BATCH_TOKENS must be a multiple of 8"),
             (self.ttt_chunk_size <= self.ttt_eval_seq_len,
@@ -277,8 +279,8 @@ FIXED = {
     "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
 }
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM",
-           "RUN", "SEED"}
+GENERIC = {"ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ENABLE", "ITERATIONS", "MAX", "MIN",
+           "MODEL", "NUM", "PARALLEL", "RUN", "SEED"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 
@@ -290,8 +292,17 @@ def is_ours(name: str) -> bool:
 
 
 def suggest(name: str) -> str:
-    near = difflib.get_close_matches(name, SETTINGS, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The known name that is nearest word by word, then as a whole, if any is near."""
+
+    def likeness(known: str) -> tuple[float, float]:
+        alike = [
+            max(difflib.SequenceMatcher(None, a, b).ratio() for b in known.split("_"))
+            for a in name.split("_")
+        ]
+        return sum(alike) / len(alike), difflib.SequenceMatcher(None, name, known).ratio()
+
+    best = max(SETTINGS, key=likeness)
+    return f"; did you mean {best}?" if likeness(best)[0] > 0.6 else ""
 
 
 def parse_value(entry: Any, text: str, where: str) -> Any:
@@ -362,15 +373,22 @@ class Runtime:
         if self.rank == 0:
             print(text, flush=True)
             if self.log_path:
-                with self.log_path.open("a") as f:
-                    f.write(text + "\n")
+                self.write_log("a", text + "\n")
 
     def open_log(self, path: Path) -> None:
         """Log lines also go to `path`, from its beginning."""
-        if self.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
         self.log_path = path
+        if self.rank == 0:
+            self.write_log("w", "")
+
+    def write_log(self, mode: str, text: str) -> None:
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open(mode) as f:
+                f.write(text)
+        except OSError as error:
+            raise UserError(f"{self.log_path}: the log cannot be written ({error.strerror}); free "
+                            "the disk or set another ARTIFACT_DIR") from None
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -1148,7 +1166,7 @@ class Lora(nn.Module):
         d, kv, r = cfg.model_dim, cfg.kv_dim, cfg.ttt_lora_rank
         out = {"q": d, "k": kv, "v": kv, "o": d, "mlp": d, "head": cfg.vocab_size}
         on = {"k": cfg.ttt_k_lora, "o": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}
-        self.scale, self.init = cfg.ttt_lora_alpha / r, init
+        self.scale, self.init, self.rows = cfg.ttt_lora_alpha / r, init, slice(None)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for role in (role for role in out if on.get(role, True)):
             for slot in range(1 if role == "head" else num_passes(cfg)):
@@ -1167,11 +1185,11 @@ class Lora(nn.Module):
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
         """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
 
-        The b <= B rows belong to the last b documents: the longest, which are the last to end."""
-        key, rows = f"{role}{slot}", x.shape[0]
+        The b rows of x belong to the documents `self.rows` of the batch."""
+        key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
-        a, b = self.A[key][-rows:].to(x.dtype), self.B[key][-rows:].to(x.dtype)
+        a, b = self.A[key][self.rows].to(x.dtype), self.B[key][self.rows].to(x.dtype)
         return (x @ a.mT) @ b.mT * self.scale
 
 
@@ -1261,6 +1279,7 @@ class Optimisers:
             if routes[name].optimiser == "adamw":
                 groups.setdefault(routes[name][2:4], []).append(p)
         self.small = [p for group in groups.values() for p in group]
+        self.params = [*self.banks, *self.small]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
@@ -1283,8 +1302,8 @@ class Optimisers:
     def step(self, lr_factor: float, momentum: float) -> Tensor:
         """One update from the .grad of all parameters, which it clears; returns the global norm."""
         grads, small = self.reduce_gradients()
-        squares = torch.stack([g.square().sum() for g in grads]).sum()
-        norm = (self.rt.sum_(squares) + torch.stack([g.square().sum() for g in small]).sum()).sqrt()
+        squares = [self.square_norms(g, p) for g, p in zip(grads, self.banks, strict=True)]
+        norm = torch.cat([*squares, *(g.square().sum()[None] for g in small)]).sum().sqrt()
         if self.cfg.grad_clip_norm:
             clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads + small, clip)
@@ -1292,9 +1311,17 @@ class Optimisers:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.adamw.step()
-        for p in (*self.banks, *self.small):
+        for p in self.params:
             p.grad = None
         return norm
+
+    def square_norms(self, grad: Tensor, bank: Tensor) -> Tensor:
+        """Squared norm of each matrix of a bank [n], from this rank's share of its gradient.
+
+        One number a matrix, added in one order, gives the same bits in any world size."""
+        first, squares = self.rt.rank * len(grad), grad.new_zeros(self.rt.world * len(grad))
+        squares[first : first + len(grad)] = grad.square().sum(dim=(1, 2))
+        return self.rt.sum_(squares)[: len(bank)]
 
     def reduce_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients averaged over ranks: this rank's share of the banks, and all small ones."""
@@ -1522,8 +1549,7 @@ def data_folder(cfg: Config) -> Path:
 
 def shard_paths(folder: Path, pattern: str) -> list[Path]:
     """Sorted shards; the val glob would also match the byte sidecars, which are left out."""
-    sides = "_bytes_" in pattern
-    found = sorted(p for p in folder.glob(pattern) if ("_bytes_" in p.name) == sides)
+    found = sorted(p for p in folder.glob(pattern) if "_bytes_" not in p.name)
     if not found:
         raise UserError(f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
                         "prepare_caseops_data.py (see README.md)")
@@ -1541,8 +1567,11 @@ def load_train(cfg: Config, rt: Runtime) -> TrainRows:
 def check_tokenizer(cfg: Config) -> None:
     """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash in the manifest."""
     manifest_path = data_folder(cfg) / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    told = manifest.get("tokenizer", {})
+    try:
+        manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+        told = dict(manifest.get("tokenizer", {}))
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{manifest_path}: not a manifest; prepare the data again") from None
     if told.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
         raise UserError(f"{manifest_path}: made with a vocabulary of {told['vocab_size']}, but "
                         f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={told['vocab_size']}")
@@ -1553,7 +1582,10 @@ def check_tokenizer(cfg: Config) -> None:
         raise UserError(f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
     from sentencepiece import SentencePieceProcessor
 
-    size = SentencePieceProcessor(model_file=str(path)).vocab_size()
+    try:
+        size = SentencePieceProcessor(model_file=str(path)).vocab_size()
+    except (RuntimeError, OSError):
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; correct it") from None
     if size != cfg.vocab_size:
         raise UserError(f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -1672,7 +1704,9 @@ decode_rows = decode_gptq  # the same product of integers and row steps
 def encode_group(x: Tensor, low: int, high: int, group: int) -> tuple[Tensor, Tensor]:
     """Integers low..high with one float16 scale max|x|/(high + 1/2) for `group` elements in order.
 
-    x any shape -> int8 of that shape, scales [ceil(numel / group)]; the last group may be short."""
+    x any shape -> int8 of that shape, scales [G = ceil(numel / group)]. Where groups do not fill
+    up, all get ceil(numel / G) elements but the last, so that G alone tells their length."""
+    group = -(-x.numel() // -(-x.numel() // group))
     flat = F.pad(x.flatten(), (0, -x.numel() % group)).view(-1, group)
     s = (flat.abs().amax(dim=1) / (high + 0.5)).half().clamp_min(2.0**-24)
     q = (flat / s.float()[:, None]).round().clamp(low, high).to(torch.int8)
@@ -1680,7 +1714,7 @@ def encode_group(x: Tensor, low: int, high: int, group: int) -> tuple[Tensor, Te
 
 
 def decode_group(q: Tensor, s: Tensor) -> Tensor:
-    group = -(-q.numel() // s.numel()) if s.numel() > 1 else q.numel()
+    group = -(-q.numel() // s.numel())
     flat = F.pad(q.flatten().float(), (0, s.numel() * group - q.numel())).view(-1, group)
     return (flat * s.float()[:, None]).flatten()[: q.numel()].view_as(q)
 
@@ -1744,28 +1778,44 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
 def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
 
-    def weight(name: str, shape: torch.Size) -> Tensor:
-        pieces = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        if name in tensors:
-            W = tensors[name].float()
-        elif {"q", "s"} <= pieces.keys():
-            W = decode_gptq(pieces["q"], pieces["s"])
-            W = W + decode_lqer(pieces) if "lqer_a" in pieces else W
-        else:
-            raise UserError(f"artifact: no piece {name}; it is of another model or configuration")
-        if W.shape != shape:
-            raise UserError(f"artifact: {name} has shape {list(W.shape)}, the settings ask for "
-                            f"{list(shape)}; use the settings it was made with")
-        return W
+    left = dict(tensors)
+    remedy = "it is of another model: use the settings it was made with"
+
+    def take(name: str, shape: list[int], needed: bool = True) -> Tensor | None:
+        piece = left.pop(name, None)
+        if piece is None and needed:
+            raise UserError(f"artifact: no piece {name}; {remedy}")
+        if piece is not None and list(piece.shape) != shape:
+            have = list(piece.shape)
+            raise UserError(f"artifact: {name} has shape {have}, not {shape}; {remedy}")
+        return piece
+
+    def weight(name: str, shape: list[int]) -> Tensor:
+        if f"{name}.q" not in left:
+            return take(name, shape).float()
+        W = decode_gptq(take(f"{name}.q", shape), take(f"{name}.s", shape[:1]))
+        keys = ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
+        have = [left.get(f"{name}.{key}") for key in keys]
+        if all(x is None for x in have):
+            return W
+        rank = have[0].shape[-1] if have[0] is not None else 0
+        shapes = ([shape[0], rank], None, [rank, shape[1]], None)
+        piece = {
+            key: take(f"{name}.{key}", want or [x.numel() if x is not None else 0])
+            for key, want, x in zip(keys, shapes, have, strict=True)
+        }
+        return W + decode_lqer(piece)
 
     state = {}
     stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
     for name, p in model.state_dict().items():
         if name in stacked:
             rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name)
-            state[name] = torch.stack([weight(n, p.shape[1:]) for _, n in rows])
+            state[name] = torch.stack([weight(n, list(p.shape[1:])) for _, n in rows])
         else:
-            state[name] = weight(name, p.shape)
+            state[name] = weight(name, list(p.shape))
+    if left:
+        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
     return state
 
 
@@ -1989,7 +2039,8 @@ def pack_program(source: str) -> bytes:
 # §10 Evaluation
 # ==================================================================================================
 class Forwards(NamedTuple):
-    """The model's one forward, compiled once for rows of one shape and once for any window."""
+    """The model's one forward: compiled for packed rows; eager for windows, whose every length
+    would be another graph."""
 
     rows: Callable
     windows: Callable
@@ -1999,8 +2050,7 @@ def make_forwards(model: GPT, cfg: Config, rt: Runtime) -> Forwards:
     if rt.device.type != "cuda" or not cfg.compile:
         return Forwards(model, model)
     torch._dynamo.config.recompile_limit = 64
-    rows = torch.compile(model, dynamic=False, fullgraph=True)
-    return Forwards(rows, torch.compile(model, dynamic=True))
+    return Forwards(torch.compile(model, dynamic=False, fullgraph=True), model)
 
 
 class ValSet(NamedTuple):
@@ -2019,7 +2069,7 @@ class ValSet(NamedTuple):
 def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
     folder = data_folder(cfg)
-    stream = TokenStream(shard_paths(folder, "fineweb_val_*.bin"))
+    stream, sides = TokenStream(shard_paths(folder, "fineweb_val_*.bin")), []
     for path, shard in zip(stream.paths, stream.shards, strict=True):
         side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
         if not side.is_file():
@@ -2029,6 +2079,7 @@ def load_val(cfg: Config) -> ValSet:
         if len(sizes) != len(shard):
             raise UserError(f"{side}: {len(sizes)} byte counts for the {len(shard)} tokens of "
                             f"{path.name}; prepare both again, together")
+        sides.append(sizes)
         wrong = np.flatnonzero((shard == BOS) & (sizes != 0))
         if wrong.size:
             raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
@@ -2039,8 +2090,7 @@ def load_val(cfg: Config) -> ValSet:
     if len(ids) < cfg.eval_seq_len + 1:
         raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
                         f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
-    sides = shard_paths(folder, "fineweb_val_bytes_*.bin")
-    return ValSet(ids, TokenStream(sides).read(0, len(ids)).astype(np.int32))
+    return ValSet(ids, np.concatenate(sides).astype(np.int32))
 
 
 class Meter:
@@ -2133,11 +2183,13 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
+WINDOW_TOKENS = 65536  # of one forward: bounds the memory; documents do not touch each other
+
+
 class Window(NamedTuple):
-    """One chunk of a batch of documents, planned: what is read, what is scored, who trains.
+    """One chunk of some documents of a batch, planned: what is read, what is scored, who trains."""
 
-    Rows are the b documents that reach the chunk; batches rise in length, so these are the last."""
-
+    rows: slice  # which documents of the batch
     ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end
     at: Tensor  # [b, C] positions of the chunk's targets in the context
     targets: Tensor  # [b, C]
@@ -2148,32 +2200,38 @@ class Window(NamedTuple):
     count: int  # targets scored
 
 
-def plan_window(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
-                device: torch.device) -> Window:
-    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens."""
-    C = cfg.ttt_chunk_size
-    reach = [doc for doc in batch if doc.targets > chunk * C]
-    ends = [min((chunk + 1) * C, doc.targets) for doc in reach]
-    starts = [max(0, end - cfg.ttt_eval_seq_len) for end in ends]
-    width = max(end - start for start, end in zip(starts, ends, strict=True))
-    ids = np.zeros((len(reach), width), np.int64)
-    at, targets, sizes, mask = (np.zeros((len(reach), C), np.int64) for _ in range(4))
-    for b, (doc, start, end) in enumerate(zip(reach, starts, ends, strict=True)):
-        first, n = doc.begin + chunk * C, end - chunk * C
-        ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-        at[b, :n] = np.arange(chunk * C - start, end - start)
-        targets[b, :n] = val.ids[first + 1 : first + n + 1]
-        sizes[b, :n] = val.bytes[first + 1 : first + n + 1]
-        mask[b, :n] = 1
-    trains = np.array([doc.targets > (chunk + 1) * C for doc in reach], np.float32)
-    arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-    tensors = (torch.from_numpy(x).to(device) for x in arrays)
-    return Window(*tensors, bool(trains.any()), int(mask.sum()))
+def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
+                 device: torch.device) -> Iterator[Window]:
+    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
+
+    Batches rise in length, so the documents that reach the chunk are the last ones."""
+    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
+    first = next(i for i, doc in enumerate(batch) if doc.targets > chunk * C)
+    for row in range(first, len(batch), step):
+        docs = batch[row : row + step]
+        ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
+        starts = [max(0, end - most) for end in ends]
+        width = max(end - start for start, end in zip(starts, ends, strict=True))
+        ids = np.zeros((len(docs), width), np.int64)
+        at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
+        for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
+            begin, n = doc.begin + chunk * C, end - chunk * C
+            ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
+            at[b, :n] = np.arange(chunk * C - start, end - start)
+            targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
+            sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
+            mask[b, :n] = 1
+        trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
+        arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
+        tensors = (torch.from_numpy(x).to(device) for x in arrays)
+        rows = slice(row, row + len(docs))
+        yield Window(rows, *tensors, bool(trains.any()), int(mask.sum()))
 
 
 class Scored:
-    """Losses [B, C] that are in the score already. Only Adapter.score makes one, and
-    Adapter.train takes nothing else: an update cannot come before its score."""
+    """Losses [b, C] that are in the score already. Only Adapter.score makes one, and
+    Adapter.learn takes nothing else: an update cannot come before its score."""
 
     def __init__(self, losses: Tensor, window: Window):
         self.losses, self.window = losses, window
@@ -2197,6 +2255,7 @@ class Adapter:
 
     def score(self, window: Window, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
+        self.lora.rows = window.rows
         with torch.set_grad_enabled(window.updates):
             B, T = window.ids.shape
             segments = Segments.batch(B, T, window.ids.device)
@@ -2206,24 +2265,30 @@ class Adapter:
         meter.add(losses, window.sizes, window.mask)
         return Scored(losses, window)
 
-    def train(self, scored: Scored) -> None:
-        """One AdamW step on the sum over documents of the mean loss of the chunk just scored."""
-        losses, window = scored.losses, scored.window
-        (losses.mean(dim=1) * window.trains).sum().backward()
+    def learn(self, scored: Scored) -> None:
+        """Gradient of the sum over documents of the mean loss of the chunk just scored."""
+        (scored.losses.mean(dim=1) * scored.window.trains).sum().backward()
+
+    def step(self) -> None:
+        """One AdamW step; adapters of documents that have ended only decay."""
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
 
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
-    """All chunks of a batch, each scored before its own targets are trained on."""
+    """All chunks of a batch, each scored before its own targets are learnt from."""
     size = adapter.cfg.ttt_chunk_size
-    for chunk in range(max(-(-doc.targets // size) for doc in batch)):
-        window = plan_window(batch, chunk, val, adapter.cfg, adapter.rt.device)
-        scored = adapter.score(window, meter)
-        if window.updates:
-            adapter.train(scored)
-        advance(window.count)
+    for chunk in range(-(-batch[-1].targets // size)):
+        learnt = False
+        for window in plan_windows(batch, chunk, val, adapter.cfg, adapter.rt.device):
+            scored = adapter.score(window, meter)
+            if window.updates:
+                adapter.learn(scored)
+                learnt = True
+            advance(window.count)
+        if learnt:
+            adapter.step()
 
 
 class ScoreProgress:
@@ -2385,11 +2450,19 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     """Forward and backward of this rank's rows, then one update.
 
     Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
-    total = torch.zeros((), device=rows[0].ids.device)
-    for row in rows:
+    total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
+    for k, row in enumerate(rows):
         loss = forward(row.ids, row.targets, row.segments, looped).mean() / len(rows)
         loss.backward()
         total += loss.detach()
+        part = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        while k & 1:  # a binary tree: the same order of addition in any world size
+            part, k = torch._foreach_add(stack.pop(), part), k >> 1
+        stack.append(part)
+    for p, grad in zip(params, stack.pop(), strict=True):
+        p.grad = grad
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 
@@ -2497,8 +2570,11 @@ def load_state(model: GPT, path: Path) -> None:
         raise UserError(f"{path}: no such file; train first, or set ARTIFACT_DIR")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        if not all(isinstance(t, Tensor) for t in dict(state).values()):
+            raise ValueError("something in it is no tensor")
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError,
+            pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); train again") from None
     want = {name: p.shape for name, p in model.state_dict().items()}
     for name in sorted(want.keys() | state.keys()):
@@ -2566,9 +2642,9 @@ def baked(source: str, cfg: Config) -> str:
         for f in fields(cfg)
         if (v := getattr(cfg, f.name)) != f.default and f.name not in own
     }
-    line = "BAKED: dict[str, str] = {}"
-    assert source.count(f"\n{line}") == 1
-    return source.replace(f"\n{line}", f"\n{line[:-2]}{given!r}")
+    line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
+    assert len(line.findall(source)) == 1
+    return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
 
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], folder: Path) -> None:
@@ -2614,6 +2690,13 @@ def run(environ: Mapping[str, str]) -> None:
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
 
+def is_first_to_fail() -> bool:
+    """Whether this rank should speak: one line is enough for a mistake that all ranks meet."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+
+
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for a mistake that the user can mend."""
     if "--help" in sys.argv or "-h" in sys.argv:
@@ -2622,7 +2705,7 @@ def main() -> int:
     try:
         run(os.environ)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -61,9 +61,9 @@ def test_windows_against_a_loop_over_documents(chunk, context):
     scored = np.zeros(len(val.ids), int)
     for batch in t.document_batches(docs, 5):
         for c in range(max(-(-d.targets // chunk) for d in batch)):
-            w = t.plan_window(batch, c, val, cfg, CPU)
+            (w,) = t.plan_windows(batch, c, val, cfg, CPU)
             reach = [doc for doc in batch if doc.targets > c * chunk]
-            assert reach == batch[-len(reach):]  # adapters are found from the end
+            assert batch[w.rows] == reach
             assert w.ids.shape[1] <= context and w.at.shape == (len(reach), chunk)
             assert w.count == w.mask.sum()
             for b, doc in enumerate(reach):
@@ -193,20 +193,20 @@ def test_no_score_knows_a_document_that_is_scored_later(position, monkeypatch):
         assert not any(same[sum(chunks[:4]):])
 
 
-def test_train_takes_only_what_was_scored():
+def test_learn_takes_only_what_was_scored():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([30, 30])
     adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    window = t.plan_window(one_batch(val), 0, val, cfg, CPU)
+    (window,) = t.plan_windows(one_batch(val), 0, val, cfg, CPU)
     for wrong in (window, torch.zeros(2, 8, requires_grad=True), None):
         with pytest.raises((AttributeError, TypeError)):
-            adapter.train(wrong)
+            adapter.learn(wrong)
     meter = Recorder()
     scored = adapter.score(window, meter)
     assert isinstance(scored, t.Scored) and meter.result().tokens == 16
-    adapter.train(scored)
+    adapter.learn(scored)
     with pytest.raises(RuntimeError):  # nor twice on the same chunk
-        adapter.train(scored)
+        adapter.learn(scored)
     assert meter.result().tokens == 16
 
 
@@ -221,10 +221,11 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
     second = {n: torch.zeros_like(p) for n, p in want.items()}
     batch = one_batch(val)
     for chunk in range(2):
-        window = t.plan_window(batch, chunk, val, cfg, CPU)
+        (window,) = t.plan_windows(batch, chunk, val, cfg, CPU)
         trains = [[0, 1, 1], [0, 1]][chunk]
         assert window.trains.tolist() == trains
         segments = t.Segments.batch(*window.ids.shape, CPU)
+        adapter.lora.rows = window.rows
         losses = model(window.ids, window.targets, segments, True, adapter.lora, window.at)
         loss = sum(losses[b].mean() for b in range(len(trains)) if trains[b])
         grads = torch.autograd.grad(loss, list(adapter.lora.parameters()))
@@ -232,7 +233,8 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
             second[n] = 0.99 * second[n] + 0.01 * g.double() ** 2
             root = (second[n] / (1 - 0.99 ** (chunk + 1))).sqrt() + 1e-10
             p.mul_(1 - 0.02 * 0.3).sub_(0.02 * g.double() / root)
-        adapter.train(adapter.score(window, Recorder()))
+        adapter.learn(adapter.score(window, Recorder()))
+        adapter.step()
         for n, p in adapter.lora.named_parameters():
             # beta1 = 0: where a gradient is a rounding error, its sign decides; else equal
             close = (p.detach().double() - want[n]).abs() < 1e-5
@@ -244,7 +246,7 @@ def test_nobody_left_to_train_keeps_no_graph():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([7, 5])
     adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    window = t.plan_window(one_batch(val), 0, val, cfg, CPU)
+    (window,) = t.plan_windows(one_batch(val), 0, val, cfg, CPU)
     assert not window.updates
     assert not adapter.score(window, Recorder()).losses.requires_grad
 
@@ -343,3 +345,16 @@ def test_document_borders_in_a_phase_can_be_ignored(monkeypatch):
     half = len(seen) // 2
     apart = [len(set(row.segments.cu.tolist())) for row in seen]
     assert sum(apart[:half]) > sum(apart[half:]) == 3 * half
+
+
+def test_splitting_a_window_changes_nothing(monkeypatch):
+    """Documents do not touch each other: the memory bound may cut a batch anywhere."""
+    cfg, scores = tiny(ttt_lora_lr=0.01), []
+    for tokens in (10**6, 40):
+        monkeypatch.setattr(t, "WINDOW_TOKENS", tokens)
+        model, val = busy_model(cfg), val_set([30, 12, 25, 7])
+        adapter, meter = t.Adapter(model, cfg, runtime(), 4, cosine_start), Recorder()
+        t.score_batch(adapter, one_batch(val), val, meter, lambda count: None)
+        scores.append(meter.result())
+    assert scores[0].tokens == scores[1].tokens
+    assert abs(scores[0].loss - scores[1].loss) < 1e-4

@@ -37,11 +37,7 @@ def test_mistakes_are_one_line(program, settings, words):
     assert names <= {"log.txt"}
 
 
-BLOCKED = pytest.mark.xfail(strict=True, reason="open_log and log fail with a traceback")
-
-
-@pytest.mark.parametrize("place", [pytest.param("file", marks=BLOCKED),
-                                   pytest.param("full", marks=BLOCKED)])
+@pytest.mark.parametrize("place", ["file", "full"])
 def test_a_log_that_cannot_be_written_is_one_line(program, tmp_path, place):
     out = tmp_path / "place"
     if place == "file":

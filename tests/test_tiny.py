@@ -97,8 +97,6 @@ def test_artifact_decodes_to_exactly_what_was_quantised(tmp_path, monkeypatch, c
         np.testing.assert_array_equal(arrays[name], tensor.numpy(), err_msg=name)
 
 
-@pytest.mark.xfail(strict=True, reason="the packed program cannot train: pack() reads its own "
-                   "compressed file as text")
 def test_packed_program_trains_and_packs_itself_again(tmp_path):
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     t.run({**TINY, "DATA_PATH": str(data), "ARTIFACT_DIR": str(out), "ITERATIONS": "2"})
