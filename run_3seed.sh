@@ -39,6 +39,7 @@ logs=()
 for seed in ${SEEDS:-42 0 1234}; do
   folder=runs/$preset/seed$seed
   mkdir -p "$folder"
+  rm -f "$folder/log.txt"
   echo "== $preset, seed $seed, $processes process(es): $folder/log.txt"
   launch=(python)
   if [ "$processes" -gt 1 ]; then launch=(torchrun --standalone "--nproc_per_node=$processes"); fi

@@ -31,7 +31,7 @@ FIGURES = {
     "total_eval_time_s": (r"^total_eval_time:(\S+)s", float),
 }
 STATISTICS = ("prequant_val_bpb", "quantized_val_bpb", "val_loss", "val_bpb", "bytes_total")
-FREE = {"seed", "run_id", "artifact_dir"}  # settings in which the logs of one submission may differ
+FREE = {"SEED", "RUN_ID", "ARTIFACT_DIR"}  # settings in which the logs of one submission may differ
 
 
 class UserError(Exception):
@@ -39,9 +39,9 @@ class UserError(Exception):
 
 
 def settings_of(text: str) -> dict[str, str]:
-    """The block of `  name: value` lines after `Hyperparameters:`, less what may differ."""
-    block = re.search(r"^Hyperparameters:\n((?:  \w+: .*\n)+)", text, re.MULTILINE)
-    pairs = (line.strip().split(": ", 1) for line in block.group(1).splitlines()) if block else ()
+    """The settings that are not the default, less those in which logs may differ."""
+    found = re.search(r"^not the default: (\{.*\})$", text, re.MULTILINE)
+    pairs = json.loads(found.group(1)).items() if found else ()
     return {name: value for name, value in pairs if name not in FREE}
 
 
@@ -55,7 +55,7 @@ def read_log(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         found = re.search(pattern, text, re.MULTILINE)
         figures[name] = kind(found.group(1)) if found else None
     settings = settings_of(text)
-    if figures["seed"] is None or not settings:
+    if figures["seed"] is None:
         raise UserError(f"{path}: not a log of train_gpt.py (no settings in it)")
     return figures, settings
 
@@ -71,14 +71,13 @@ def build(paths: list[Path]) -> dict[str, Any]:
                             f"{runs[0]['log']}; a submission is one configuration")
     if len({run["seed"] for run in runs}) < len(runs):
         raise UserError("two logs have the same seed; a submission counts every seed once")
-    changed = {n: v[: -len("  (not the default)")] for n, v in first.items() if "(not the " in v}
     summary: dict[str, Any] = {"runs": len(runs)}
     for name in STATISTICS:
         values = [run[name] for run in runs if run[name] is not None]
         if len(values) == len(runs):
             summary[f"{name}_mean"] = statistics.mean(values)
             summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-    return {"summary": summary, "settings_not_default": changed, "seeds": runs}
+    return {"summary": summary, "settings_not_default": first, "seeds": runs}
 
 
 def table(submission: dict[str, Any]) -> str:

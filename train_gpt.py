@@ -260,10 +260,13 @@ class Config:
     def hidden_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
-    def shape(self) -> dict[str, int]:
-        """The settings that fix the shapes of the state dict; an artifact carries them."""
+    def architecture(self) -> dict[str, Any]:
+        """The settings that fix the function of given weights; an artifact carries them."""
         names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads",
-                 "hidden_dim", "gate_window", "num_loops", "loop_start", "loop_end")
+                 "hidden_dim", "gate_window", "num_loops", "loop_start", "loop_end", "rope_base",
+                 "rope_dims", "xsa_last_n", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
+                 "smear_gate_enabled", "skip_gates_enabled", "ln_scale", "logit_softcap",
+                 "parallel_start_layer", "parallel_final_lane")
         return {name: getattr(self, name) for name in names}
 
 
@@ -373,18 +376,19 @@ class Runtime:
         if self.rank == 0:
             print(text, flush=True)
             if self.log_path:
-                self.write_log("a", text + "\n")
+                self.write_log(text + "\n")
 
     def open_log(self, path: Path) -> None:
-        """Log lines also go to `path`, from its beginning."""
+        """Log lines also go to the end of `path`."""
         self.log_path = path
         if self.rank == 0:
-            self.write_log("w", "")
+            self.write_log("")
 
-    def write_log(self, mode: str, text: str) -> None:
+    def write_log(self, text: str) -> None:
+        """Append to the log; UserError where that fails."""
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_path.open(mode) as f:
+            with self.log_path.open("a") as f:
                 f.write(text)
         except OSError as error:
             raise UserError(f"{self.log_path}: the log cannot be written ({error.strerror}); free "
@@ -1689,6 +1693,7 @@ def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Te
 
 
 def decode_gptq(q: Tensor, s: Tensor) -> Tensor:
+    """q s, float32 [rows, cols]; decodes `encode_rows` too."""
     return q.float() * s.float()[:, None]
 
 
@@ -1696,9 +1701,6 @@ def encode_rows(W: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows with the scale max|row|/127 in float16: W [rows, cols] -> q, s [rows]."""
     s = (W.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24)
     return (W / s.float()[:, None]).round().clamp(-127, 127).to(torch.int8), s
-
-
-decode_rows = decode_gptq  # the same product of integers and row steps
 
 
 def encode_group(x: Tensor, low: int, high: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2399,10 +2401,10 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards,
     path = folder / ARTIFACT_FILE
     if not path.is_file():
         raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
-    arrays, shape = decode_artifact(path.read_bytes(), str(path))
-    for name, value in cfg.shape().items():
-        if shape.get(name) != value:
-            raise UserError(f"{path}: made with {name.upper()}={shape.get(name)}, the settings say "
+    arrays, made = decode_artifact(path.read_bytes(), str(path))
+    for name, value in cfg.architecture().items():
+        if made.get(name) != value:
+            raise UserError(f"{path}: made with {name.upper()}={made.get(name)}, the settings say "
                             f"{value}; use the settings it was made with")
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
@@ -2595,9 +2597,8 @@ def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
     rt.log(f"program: {program.name} sha256:{digest}")
     rt.log("Hyperparameters:")
     for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        mark = "" if value == f.default or f.name == "run_id" else "  (not the default)"
-        rt.log(f"  {f.name}: {value}{mark}")
+        rt.log(f"  {f.name}: {getattr(cfg, f.name)}")
+    rt.log(f"not the default: {json.dumps(changed(cfg))}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
     rt.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}")
     rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {attention.reason}")
@@ -2634,14 +2635,18 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     rt.barrier()
 
 
+def changed(cfg: Config) -> dict[str, str]:
+    """The settings that differ from the defaults, as the environment would hold them."""
+    pairs = ((f, getattr(cfg, f.name)) for f in fields(cfg))
+    return {
+        f.name.upper(): str(int(v) if f.type is bool else v) for f, v in pairs if v != f.default
+    }
+
+
 def baked(source: str, cfg: Config) -> str:
     """The program with this run's settings as its defaults, so that it scores without a preset."""
-    own = ("run_id", "artifact_dir", "ttt_eval_only", "quantize_only", "prequant_only")
-    given = {
-        f.name.upper(): str(int(v) if f.type is bool else v)
-        for f in fields(cfg)
-        if (v := getattr(cfg, f.name)) != f.default and f.name not in own
-    }
+    own = {"RUN_ID", "ARTIFACT_DIR", "TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY"}
+    given = {name: text for name, text in changed(cfg).items() if name not in own}
     line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
     assert len(line.findall(source)) == 1
     return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
@@ -2654,7 +2659,7 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     quantised = time.perf_counter()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     arrays = {name: t.numpy() for name, t in tensors.items()}
-    blob = encode_artifact(arrays, roles, cfg.shape(), cfg.compressor)
+    blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
@@ -2673,7 +2678,7 @@ def run(environ: Mapping[str, str]) -> None:
     cfg = Config.from_env(environ, Path(__file__).parent)
     rt = start_runtime(environ)
     folder = Path(cfg.artifact_dir or ".")
-    run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S")
+    run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     rt.open_log(Path(cfg.artifact_dir or "logs") / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)

@@ -18,10 +18,10 @@ RULE = "# " + "=" * 98
 
 # section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 2,920.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 286), 2: ("Runtime", 118), 3: ("Kernels", 305),
+    0: ("Header", 66), 1: ("Config", 289), 2: ("Runtime", 118), 3: ("Kernels", 305),
     4: ("Attention", 100), 5: ("Model", 336), 6: ("Optimisers", 192), 7: ("Data", 207),
     8: ("Quantisation", 225), 9: ("Artifact", 218), 10: ("Evaluation", 124),
-    11: ("Test-time training", 261), 12: ("N-gram", 110), 13: ("SLOT", 65), 14: ("Training", 170),
+    11: ("Test-time training", 261), 12: ("N-gram", 110), 13: ("SLOT", 60), 14: ("Training", 170),
     15: ("Main", 136),
 }
 MOST_LINES = 2920
@@ -31,7 +31,7 @@ NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
     "banks", "norm", "add_skip", "mix_lanes", "update", "load_train", "row", "decode_gptq",
     "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
-    "log_score", "timed_evaluation", "tl", "seconds",
+    "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }
 
 
@@ -107,7 +107,7 @@ def test_public_names_have_docstrings():
 
 def test_nothing_is_defined_in_vain():
     """Every top-level name is used: in the program, or by the files around it (then say which)."""
-    elsewhere = {"artifact_report", "decode_rows"}
+    elsewhere = {"artifact_report"}
     names = [node.name for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     names += [target.id for node in TREE.body if isinstance(node, ast.Assign)
               for target in node.targets if isinstance(target, ast.Name)]

@@ -20,7 +20,7 @@ def refused(environ, folder=ROOT) -> str:
 @pytest.mark.parametrize(("name", "suggestion"), [
     ("TTT_RNAK", "TTT_LORA_RANK"), ("TTT_LORA_RNAK", "TTT_LORA_RANK"), ("MATRIX_RL", "MATRIX_LR"),
     ("ITERATION", "ITERATIONS"), ("MODEL_DIMS", "MODEL_DIM"), ("EMA_DECAYS", "EMA_DECAY"),
-    ("GLOBAL_TTT_RATE", "GLOBAL_TTT_LR"),
+    ("GLOBAL_TTT_MOMENTUMS", "GLOBAL_TTT_MOMENTUM"),
     ("VOCABSIZE", "VOCAB_SIZE"), ("ARTIFACT_DIRS", "ARTIFACT_DIR"),
     ("PHASED_TTT_PREFIX_DOC", "PHASED_TTT_PREFIX_DOCS"),
 ])
@@ -164,4 +164,4 @@ def test_unknown_preset_lists_the_known():
 def test_tiny_is_a_configuration():
     cfg = t.Config.from_env(TINY)
     assert (cfg.head_dim, cfg.kv_dim, cfg.hidden_dim) == (8, 16, 64)
-    assert cfg.shape().keys() >= {"vocab_size", "num_layers", "model_dim", "hidden_dim"}
+    assert cfg.architecture().keys() >= {"vocab_size", "num_layers", "model_dim", "hidden_dim"}

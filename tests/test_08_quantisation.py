@@ -129,7 +129,7 @@ def test_rows_round_trip():
     W *= torch.logspace(-3, 2, 8)[:, None]
     W[3] = 0
     q, s = t.encode_rows(W)
-    decoded = t.decode_rows(q, s)
+    decoded = t.decode_gptq(q, s)
     assert ((decoded - W).abs() <= 0.51 * s.float()[:, None] + 1e-3 * W.abs()).all()
     assert not decoded[3].any()
     again, steps = t.encode_rows(decoded)
