@@ -1,9 +1,11 @@
-"""Logs -> submission.json and a table: `python submission.py LOG [LOG ...]`.
+"""Logs -> submission.json and a table: `python submission.py [--readme FILE] LOG [LOG ...]`.
 
 Nothing enters submission.json that a log does not say; a figure that a log lacks is null.
 Statistics are the mean and the sample standard deviation over the logs, one log a seed.
+With --readme the table also goes between the lines `<!-- results -->` and `<!-- /results -->` of FILE.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -102,16 +104,33 @@ def table(submission: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def write(path: Path, text: str) -> None:
+    """Write aside, then rename: an old file stays whole."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def fill_readme(path: Path, rows: str) -> None:
+    """Put the table between the two marks of a README; UserError where they are not there."""
+    text = path.read_text()
+    marks = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+    if not marks.search(text):
+        raise UserError(f"{path}: the lines <!-- results --> and <!-- /results --> are missing")
+    write(path, marks.sub(lambda found: f"{found[1]}{rows}\n{found[2]}", text))
+
+
 def main() -> int:
-    paths = [Path(name) for name in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description="logs of train_gpt.py -> submission.json, table")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
+    parser.add_argument("--readme", type=Path, help="also put the table into this file")
+    told = parser.parse_args()
     try:
-        if not paths:
-            raise UserError("no log given; usage: python submission.py LOG [LOG ...]")
-        submission = build(paths)
-        aside = Path("submission.json.tmp")
-        aside.write_text(json.dumps(submission, indent=1) + "\n")
-        aside.replace("submission.json")
-    except (UserError, OSError) as error:
+        submission = build(told.logs)
+        write(Path("submission.json"), json.dumps(submission, indent=1) + "\n")
+        if told.readme:
+            fill_readme(told.readme, table(submission))
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(submission))
