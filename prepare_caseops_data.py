@@ -494,8 +494,16 @@ def make_manifest(source, writers, tokenizer, requested):
 def install(staged, folder, manifest, tokenizer):
     """Move the finished files from `staged` into place and remove shards of an older set there.
 
-    Everything has been written by now, so only renaming is left; the manifest comes last.
+    Everything has been written by now, so only renaming is left; the manifest comes last. What
+    would stop a renaming is looked for before the first one.
     """
+    targets = [tokenizer, *(folder / name for name in (*manifest["files"], "manifest.json"))]
+    for path in targets:
+        if path.is_dir():
+            raise UserError(f"{path}: a directory stands in the way; remove it or give another --out")
+    for path in (folder, tokenizer.parent):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: not a directory; remove it or give another --out")
     folder.mkdir(exist_ok=True)
     tokenizer.parent.mkdir(exist_ok=True)
     os.replace(staged / tokenizer.name, tokenizer)
@@ -521,6 +529,8 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
             raise UserError(f"{sp}: no such file; give --sp a SentencePiece model, or use "
                             "--train-tokenizer")
         model, name = Path(sp).read_bytes(), Path(sp).name
+        if Path(name).suffix != ".model":
+            raise UserError(f"{sp}: the name of a tokenizer must end in .model; rename it")
         encoder = Encoder(model, str(sp))
     n_val = choose_val_docs(source, val_docs)
     if sp is None:

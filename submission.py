@@ -2,11 +2,12 @@
 
 Nothing enters submission.json that a log does not say; a figure that a log lacks is null.
 Statistics are the mean and the sample standard deviation over the logs, one log a seed.
-With --readme the table also goes between the lines `<!-- results -->` and `<!-- /results -->` of FILE.
+With --readme the table also goes between `<!-- results -->` and `<!-- /results -->` of FILE.
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -40,25 +41,34 @@ class UserError(Exception):
     """A mistake that the user can mend: one line, exit code 2."""
 
 
-def settings_of(text: str) -> dict[str, str]:
+def settings_of(text: str) -> dict[str, str] | None:
     """The settings that are not the default, less those in which logs may differ."""
     found = re.search(r"^not the default: (\{.*\})$", text, re.MULTILINE)
-    pairs = json.loads(found.group(1)).items() if found else ()
-    return {name: value for name, value in pairs if name not in FREE}
+    if not found:
+        return None
+    return {name: value for name, value in json.loads(found[1]).items() if name not in FREE}
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """(figures, settings) of one log; UserError if it has neither."""
     if not path.is_file():
         raise UserError(f"{path}: no such log; run ./run_3seed.sh first")
-    text = path.read_text()
     figures: dict[str, Any] = {"log": str(path)}
-    for name, (pattern, kind) in FIGURES.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        figures[name] = kind(found.group(1)) if found else None
-    settings = settings_of(text)
-    if figures["seed"] is None:
-        raise UserError(f"{path}: not a log of train_gpt.py (no settings in it)")
+    try:
+        text = path.read_text(encoding="utf-8")
+        for name, (pattern, kind) in FIGURES.items():
+            found = re.search(pattern, text, re.MULTILINE)
+            figures[name] = kind(found.group(1)) if found else None
+        settings = settings_of(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); run ./run_3seed.sh again") from None
+    if figures["seed"] is None or settings is None:
+        raise UserError(f"{path}: not a log of this train_gpt.py (no settings in it)")
+    if len(re.findall(r"^program: ", text, re.MULTILINE)) != 1:
+        raise UserError(f"{path}: two runs in one log; give every run a RUN_ID of its own")
+    odd = [n for n, v in figures.items() if isinstance(v, float) and not math.isfinite(v)]
+    if odd:
+        raise UserError(f"{path}: {odd[0]} is {figures[odd[0]]}; leave this run out")
     return figures, settings
 
 
@@ -68,8 +78,10 @@ def build(paths: list[Path]) -> dict[str, Any]:
     runs, first = [figures for figures, _ in read], read[0][1]
     for figures, settings in read[1:]:
         unlike = sorted(n for n in first.keys() | settings if first.get(n) != settings.get(n))
-        if unlike or figures["program_sha256"] != runs[0]["program_sha256"]:
-            raise UserError(f"{figures['log']}: other {', '.join(unlike) or 'program'} than "
+        same = ("program_sha256", "hardware", "versions")
+        unlike += [name for name in same if figures[name] != runs[0][name]]
+        if unlike:
+            raise UserError(f"{figures['log']}: other {', '.join(unlike)} than "
                             f"{runs[0]['log']}; a submission is one configuration")
     if len({run["seed"] for run in runs}) < len(runs):
         raise UserError("two logs have the same seed; a submission counts every seed once")
@@ -107,8 +119,11 @@ def table(submission: dict[str, Any]) -> str:
 def write(path: Path, text: str) -> None:
     """Write aside, then rename: an old file stays whole."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def fill_readme(path: Path, rows: str) -> None:
@@ -127,13 +142,13 @@ def main() -> int:
     told = parser.parse_args()
     try:
         submission = build(told.logs)
-        write(Path("submission.json"), json.dumps(submission, indent=1) + "\n")
         if told.readme:
             fill_readme(told.readme, table(submission))
+        write(Path("submission.json"), json.dumps(submission, indent=1) + "\n")
+        print(table(submission), flush=True)
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(submission))
     return 0
 
 

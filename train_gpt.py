@@ -33,7 +33,6 @@ import linecache
 import lzma
 import math
 import os
-import pickle
 import queue
 import re
 import shutil
@@ -47,6 +46,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ class Config:
     # -- training
     iterations: int = setting(20000, "most steps", 1)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(0.5, "part of the budget that is kept for calibration", 0)
+    gptq_reserve_seconds: float = setting(0.5, "part of the budget that training leaves free", 0)
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
@@ -157,7 +157,7 @@ class Config:
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
     matrix_bits: int = setting(6, "bits of the block matrices", 2, 8)
     embed_bits: int = setting(7, "bits of the embedding", 2, 8)
-    matrix_clip_sigmas: float = setting(12.85, "clipping range in row deviations, else", 0.1)
+    matrix_clip_sigmas: float = setting(12.85, "clipping range of other matrices (none here)", 0.1)
     attn_clip_sigmas: float = setting(13.0, "of the attention matrices", 0.1)
     mlp_clip_sigmas: float = setting(11.5, "of the MLP matrices", 0.1)
     embed_clip_sigmas: float = setting(14.0, "of the embedding", 0.1)
@@ -282,15 +282,18 @@ FIXED = {
     "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
 }
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ENABLE", "ITERATIONS", "MAX", "MIN",
-           "MODEL", "NUM", "PARALLEL", "RUN", "SEED"}
+GENERIC = {"ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ENABLE", "GLOBAL", "ITERATIONS", "MAX",
+           "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
+# Of techniques in the lineage that this program lacks: refused, not ignored.
+PREFIXES |= {"AGREE", "ASYM", "AWQ", "FORCE", "NGRAM", "SKYLIGHT", "SLOT", "WITHIN", "WORD"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 
 
 def is_ours(name: str) -> bool:
     """Whether an environment variable is a setting or looks like a misspelt one."""
     known = name in SETTINGS or name in FIXED or "_" in name and name.split("_")[0] in PREFIXES
+    known = known or name.startswith(("GLOBAL_TTT_", "SKIP_GATE"))
     return known or bool(difflib.get_close_matches(name, SETTINGS, 1, 0.9))
 
 
@@ -333,8 +336,12 @@ def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
         raise UserError(f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: unreadable ({error}); save it as UTF-8 text") from None
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text = line.split("#")[0].strip()
         if text:
             key, sep, value = text.partition("=")
@@ -346,7 +353,15 @@ def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
 
 def help_text() -> str:
     """All settings with defaults, ranges and one line each, for --help."""
-    lines = [f"  {n} [{f.default}] {f.metadata['help']}" for n, f in SETTINGS.items()]
+    def line(name: str, entry: Any) -> str:
+        default, m = entry.default, entry.metadata
+        legal = "|".join(m["choices"]) or "".join(
+            f" {word} {m[k]:g}" for word, k in ((">=", "lo"), ("<=", "hi")) if m[k] is not None
+        )
+        shown = int(default) if entry.type is bool else default
+        return f"  {name} [{shown}] {m['help']}" + (f" ({legal.strip()})" if legal else "")
+
+    lines = [line(name, entry) for name, entry in SETTINGS.items()]
     return "\n".join((__doc__ or "train_gpt.py", "Settings, with their [defaults]:", *lines))
 
 
@@ -424,18 +439,26 @@ class Runtime:
 
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
     """The runtime of this process under torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or alone."""
-    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    told = [environ.get(n, d) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    if not all(text.isdecimal() for text in told):
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(told)}: must be whole numbers")
+    rank, world, local = map(int, told)
     if world < 1 or 8 % world:
         raise UserError(f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local}: there are {torch.cuda.device_count()} GPUs here; "
+                            "lower --nproc_per_node")
+        device = torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Rank 0 compresses for minutes while the others wait.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return Runtime(rank, world, device)
 
 
@@ -1306,7 +1329,7 @@ class Optimisers:
     def step(self, lr_factor: float, momentum: float) -> Tensor:
         """One update from the .grad of all parameters, which it clears; returns the global norm."""
         grads, small = self.reduce_gradients()
-        squares = [self.square_norms(g, p) for g, p in zip(grads, self.banks, strict=True)]
+        squares = self.square_norms(grads)
         norm = torch.cat([*squares, *(g.square().sum()[None] for g in small)]).sum().sqrt()
         if self.cfg.grad_clip_norm:
             clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -1319,13 +1342,17 @@ class Optimisers:
             p.grad = None
         return norm
 
-    def square_norms(self, grad: Tensor, bank: Tensor) -> Tensor:
-        """Squared norm of each matrix of a bank [n], from this rank's share of its gradient.
+    def square_norms(self, grads: list[Tensor]) -> list[Tensor]:
+        """Squared norms of the matrices of every bank [n], from this rank's shares of gradients.
 
-        One number a matrix, added in one order, gives the same bits in any world size."""
-        first, squares = self.rt.rank * len(grad), grad.new_zeros(self.rt.world * len(grad))
-        squares[first : first + len(grad)] = grad.square().sum(dim=(1, 2))
-        return self.rt.sum_(squares)[: len(bank)]
+        One number a matrix, added in one order, does not depend on how the banks are shared."""
+        parts = []
+        for g in grads:
+            first = self.rt.rank * len(g)
+            parts.append(g.new_zeros(self.rt.world * len(g)))
+            parts[-1][first : first + len(g)] = g.square().sum(dim=(1, 2))
+        found = self.rt.sum_(torch.cat(parts)).split([len(part) for part in parts])
+        return [part[: len(bank)] for part, bank in zip(found, self.banks, strict=True)]
 
     def reduce_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients averaged over ranks: this rank's share of the banks, and all small ones."""
@@ -1483,6 +1510,8 @@ def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.d
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
     ids_, targets_, cu = (x.to(device, non_blocking=True) for x in parts)
+    if device.type == "cuda":
+        torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
     return Row(ids_[None], targets_[None], Segments(cu, min(longest, len(ids))))
 
 
@@ -1758,6 +1787,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
 
     A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected; int8 rows become
     NAME.q and NAME.s; everything else NAME in float16."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors = {}, {}
     for m in matrices(cfg):
         W = (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
@@ -1773,6 +1803,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
             out[f"{name}.q"], out[f"{name}.s"] = encode_rows(state[name])
         elif r.store != "gptq":
             out[name] = state[name].half()
+    torch.backends.cuda.matmul.allow_tf32 = True
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
@@ -2130,14 +2161,14 @@ class Score(NamedTuple):
 def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
     """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens.
 
-    Row k goes to rank k mod world, so that the score does not depend on the world size. The last
-    row is filled up with BOS, masked, to keep one shape."""
+    Row k goes to rank k mod world, so that the score does not depend on the world size. On a GPU
+    the last row is filled up with id 0, masked, to keep one shape."""
     length, meter = cfg.val_batch_tokens // 8, Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
         fill = (0, length - (end - begin) if rt.device.type == "cuda" else 0)
         ids, targets = (
-            np.pad(val.ids[begin + k : end + k], fill, constant_values=BOS) for k in (0, 1)
+            np.pad(val.ids[begin + k : end + k], fill) for k in (0, 1)
         )
         sizes = torch.from_numpy(np.pad(val.bytes[begin + 1 : end + 1], fill)).to(rt.device)
         row = make_row(ids, targets, cfg.eval_seq_len, rt.device)
@@ -2499,13 +2530,15 @@ class Watch:
     def check(self, loss_and_norm: Tensor, step: int) -> float:
         """The loss; the norm is of all ranks, so that all of them stop together."""
         loss, norm = loss_and_norm.tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(norm) and (math.isfinite(loss) or self.rt.world > 1):
             return loss
         kept = "nothing was kept (no good average yet)"
-        if self.weights and self.rt.rank == 0:
+        if self.weights:
             names = [name for name, _ in self.model.named_parameters()]
-            save_state(dict(zip(names, self.weights, strict=True)), self.path)
+            if self.rt.rank == 0:
+                save_state(dict(zip(names, self.weights, strict=True)), self.path)
             kept = f"{self.path} holds the average of step {self.step}"
+        self.rt.barrier()  # nobody leaves, and so ends the others, before the file is whole
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: not finite; {kept}; "
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
@@ -2572,10 +2605,9 @@ def load_state(model: GPT, path: Path) -> None:
         raise UserError(f"{path}: no such file; train first, or set ARTIFACT_DIR")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(t, Tensor) for t in dict(state).values()):
-            raise ValueError("something in it is no tensor")
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError,
-            pickle.UnpicklingError) as error:
+        if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in dict(state).items()):
+            raise ValueError("it holds more than named tensors")
+    except Exception as error:  # damaged files make the reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); train again") from None
     want = {name: p.shape for name, p in model.state_dict().items()}
@@ -2659,7 +2691,11 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     quantised = time.perf_counter()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     arrays = {name: t.numpy() for name, t in tensors.items()}
-    blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
+    try:
+        blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"COMPRESSOR={cfg.compressor} failed ({error}); {MODEL_FILE} is written: "
+                        "free the disk or set TMPDIR, then run with QUANTIZE_ONLY=1") from error
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
@@ -2707,15 +2743,20 @@ def main() -> int:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text())
         return 0
+    if len(sys.argv) > 1:
+        print(f"error: {sys.argv[1]}: settings are environment variables; see --help",
+              file=sys.stderr)
+        return 2
     try:
         run(os.environ)
     except UserError as error:
         if is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            os._exit(2)  # the others may be inside a collective: an orderly end would wait for them
+        return 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
