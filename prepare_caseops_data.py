@@ -500,7 +500,7 @@ def install(staged, folder, manifest, tokenizer):
     targets = [tokenizer, *(folder / name for name in (*manifest["files"], "manifest.json"))]
     for path in targets:
         if path.is_dir():
-            raise UserError(f"{path}: a directory stands in the way; remove it or give another --out")
+            raise UserError(f"{path}: a directory is in the way; remove it or give another --out")
     for path in (folder, tokenizer.parent):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: not a directory; remove it or give another --out")
