@@ -352,16 +352,8 @@ def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def help_text() -> str:
-    """All settings with defaults, ranges and one line each, for --help."""
-    def line(name: str, entry: Any) -> str:
-        default, m = entry.default, entry.metadata
-        legal = "|".join(m["choices"]) or "".join(
-            f" {word} {m[k]:g}" for word, k in ((">=", "lo"), ("<=", "hi")) if m[k] is not None
-        )
-        shown = int(default) if entry.type is bool else default
-        return f"  {name} [{shown}] {m['help']}" + (f" ({legal.strip()})" if legal else "")
-
-    lines = [line(name, entry) for name, entry in SETTINGS.items()]
+    """All settings with their defaults and one line each, for --help."""
+    lines = [f"  {n} [{f.default}] {f.metadata['help']}" for n, f in SETTINGS.items()]
     return "\n".join((__doc__ or "train_gpt.py", "Settings, with their [defaults]:", *lines))
 
 
@@ -439,17 +431,14 @@ class Runtime:
 
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
     """The runtime of this process under torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or alone."""
-    told = [environ.get(n, d) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
-    if not all(text.isdecimal() for text in told):
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(told)}: must be whole numbers")
-    rank, world, local = map(int, told)
+    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     if world < 1 or 8 % world:
         raise UserError(f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"LOCAL_RANK={local}: there are {torch.cuda.device_count()} GPUs here; "
-                            "lower --nproc_per_node")
+        local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
         device = torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -2740,14 +2729,12 @@ def is_first_to_fail() -> bool:
 
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for a mistake that the user can mend."""
-    if "--help" in sys.argv or "-h" in sys.argv:
+    if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return 0
-    if len(sys.argv) > 1:
-        print(f"error: {sys.argv[1]}: settings are environment variables; see --help",
-              file=sys.stderr)
-        return 2
     try:
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
         run(os.environ)
     except UserError as error:
         if is_first_to_fail():

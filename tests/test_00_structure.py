@@ -18,11 +18,11 @@ RULE = "# " + "=" * 98
 
 # section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 2,920.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 289), 2: ("Runtime", 118), 3: ("Kernels", 305),
-    4: ("Attention", 100), 5: ("Model", 336), 6: ("Optimisers", 192), 7: ("Data", 207),
-    8: ("Quantisation", 225), 9: ("Artifact", 218), 10: ("Evaluation", 124),
-    11: ("Test-time training", 261), 12: ("N-gram", 110), 13: ("SLOT", 60), 14: ("Training", 170),
-    15: ("Main", 136),
+    0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 299),
+    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 207),
+    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
+    11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
+    15: ("Main", 142),
 }
 MOST_LINES = 2920
 LONGEST_FUNCTION = 65

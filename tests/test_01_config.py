@@ -165,3 +165,14 @@ def test_tiny_is_a_configuration():
     cfg = t.Config.from_env(TINY)
     assert (cfg.head_dim, cfg.kv_dim, cfg.hidden_dim) == (8, 16, 64)
     assert cfg.architecture().keys() >= {"vocab_size", "num_layers", "model_dim", "hidden_dim"}
+
+
+@pytest.mark.parametrize("name", ["AWQ_LITE_ENABLED", "NGRAM_TILT_ENABLED", "ASYM_LOGIT_RESCALE"])
+def test_techniques_that_are_lacking_are_refused_not_ignored(name):
+    with pytest.raises(t.UserError, match=f"{name}: no such setting"):
+        t.Config.from_env({name: "1"})
+
+
+@pytest.mark.parametrize("name", ["GLOBAL_RANK", "SKIP_TESTS"])
+def test_launchers_variables_are_left_alone(name):
+    assert t.Config.from_env({name: "0"}) == t.Config()

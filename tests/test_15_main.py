@@ -57,6 +57,13 @@ def test_a_bad_train_token_in_the_middle_is_one_line(program):
     assert f"{path}: token 1000: id 64 is outside" in err
 
 
+def test_arguments_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--iterations", "5"])
+    assert t.main() == 2
+    assert capsys.readouterr().err == (
+        "error: --iterations: settings are environment variables; see --help\n")
+
+
 def test_missing_lrzip_stops_before_training(program, monkeypatch):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "lrzip" else which(name))
