@@ -529,9 +529,9 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
             raise UserError(f"{sp}: no such file; give --sp a SentencePiece model, or use "
                             "--train-tokenizer")
         model, name = Path(sp).read_bytes(), Path(sp).name
+        encoder = Encoder(model, str(sp))
         if Path(name).suffix != ".model":
             raise UserError(f"{sp}: the name of a tokenizer must end in .model; rename it")
-        encoder = Encoder(model, str(sp))
     n_val = choose_val_docs(source, val_docs)
     if sp is None:
         with contextlib.closing(Progress("reading for the tokenizer", source.size)) as progress:
