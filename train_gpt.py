@@ -2690,6 +2690,7 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     write_atomic(folder / PROGRAM_FILE, program)
     rt.log(f"quantisation {quantised - started:.1f}s compression "
            f"{time.perf_counter() - quantised:.1f}s")
+    rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
     total = len(blob) + len(program)
