@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps as caps  # noqa: E402
 import prepare_caseops_data as prep  # noqa: E402
+from caseops import encoder as encoding  # noqa: E402
+from caseops import shards, sources  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "caseops.jsonl"
@@ -77,22 +79,22 @@ def english():
 @pytest.fixture(scope="session")
 def model(english, tmp_path_factory):
     """Path of a small byte-exact tokenizer."""
-    documents = [prep.Document(t, len(t), 0) for t in english[:40] + NASTY]
+    documents = [sources.Document(t, len(t), 0) for t in english[:40] + NASTY]
     path = tmp_path_factory.mktemp("tokenizer") / "own.model"
-    path.write_bytes(prep.train_tokenizer(documents, VOCAB, 10**9))
+    path.write_bytes(encoding.train_tokenizer(documents, VOCAB, 10**9))
     return path
 
 
 @pytest.fixture(scope="session")
 def encoder(model):
-    return prep.Encoder(model.read_bytes())
+    return encoding.Encoder(model.read_bytes())
 
 
 @pytest.fixture(scope="session")
 def published():
     if not PUBLISHED.exists():
         pytest.skip(f"no published tokenizer at {PUBLISHED}")
-    return prep.Encoder(PUBLISHED.read_bytes())
+    return encoding.Encoder(PUBLISHED.read_bytes())
 
 
 # ---- encoding ------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def test_piece_too_long_is_found_with_and_without_counts(published):
     hidden = "xa" + "\x01" * 30_000 + "b" + "\x01" * 40_000 + "c "
     for text in (long, hidden):
         for counts in (True, False):
-            with pytest.raises(prep.DocumentError) as e:
+            with pytest.raises(encoding.DocumentError) as e:
                 published.encode_documents(["fine", text], counts)
             assert e.value.index == 1
     (_, counts), = published.encode_documents(["a" + " " * 65_534 + "b"])
@@ -186,11 +188,11 @@ def test_piece_too_long_is_found_with_and_without_counts(published):
 
 
 def test_batches_keep_order_and_lose_nothing():
-    documents = [prep.Document("x" * n, n, i) for i, n in enumerate([5, 0, 900, 3, 3000, 1])]
-    cut = list(prep.batches(documents, limit=1000))
+    documents = [sources.Document("x" * n, n, i) for i, n in enumerate([5, 0, 900, 3, 3000, 1])]
+    cut = list(encoding.batches(documents, limit=1000))
     assert [d for b in cut for d in b] == documents
     assert len(cut) > 1
-    assert list(prep.batches([])) == []
+    assert list(encoding.batches([])) == []
 
 
 # ---- tokenizer training --------------------------------------------------------------------------
@@ -199,19 +201,19 @@ def test_batches_keep_order_and_lose_nothing():
 def test_training_pieces_see_all_of_a_long_document():
     for text in ("word " * 5000, "x" * 10_001, "line\n" * 3000, "a\0b\u2581c\u2585d", "",
                  " " * 9000):
-        pieces = list(prep.training_pieces(text))
+        pieces = list(encoding.training_pieces(text))
         assert "".join(pieces) == re.sub("[\0\u2581\u2585]", "", text)
         assert all(0 < len(p) <= 4000 for p in pieces)
-    assert all(p.startswith(" ") for p in list(prep.training_pieces("word " * 5000))[1:])
+    assert all(p.startswith(" ") for p in list(encoding.training_pieces("word " * 5000))[1:])
 
 
 def test_one_long_document_is_enough_to_train_on(english):
     text = "\n".join(english[:30])
     assert len(text) > 100_000
-    data = prep.train_tokenizer([prep.Document(text, len(text), 1)], 600, 10**9)
-    encoder = prep.Encoder(data)
+    data = encoding.train_tokenizer([sources.Document(text, len(text), 1)], 600, 10**9)
+    encoder = encoding.Encoder(data)
     assert encoder.size == 600
-    assert data == prep.train_tokenizer([prep.Document(text, len(text), 1)], 600, 10**9)
+    assert data == encoding.train_tokenizer([sources.Document(text, len(text), 1)], 600, 10**9)
     pieces = [encoder.sp.id_to_piece(i) for i in range(600)]
     assert pieces[:8] == ["<pad>", "<s>", "</s>", "<unk>", *caps.OPERATORS]
     assert not any(re.search("[A-Z]", p) for p in pieces[264:])
@@ -219,9 +221,9 @@ def test_one_long_document_is_enough_to_train_on(english):
 
 @pytest.mark.parametrize(("vocab", "advice"), [(10, "at least"), (30_000, "at most")])
 def test_vocab_size_that_does_not_fit(vocab, advice, english):
-    documents = [prep.Document(english[0], 1, 1)]
+    documents = [sources.Document(english[0], 1, 1)]
     with pytest.raises(prep.UserError, match=f"--vocab-size {vocab} .*{advice} \\d+"):
-        prep.train_tokenizer(documents, vocab, 10**9)
+        encoding.train_tokenizer(documents, vocab, 10**9)
 
 
 def test_tokenizer_sees_training_documents_only(tmp_path, english):
@@ -230,7 +232,7 @@ def test_tokenizer_sees_training_documents_only(tmp_path, english):
     prep.prepare(docs, tmp_path, vocab_size=VOCAB, val_docs=1)
     model, = (tmp_path / "tokenizers").iterdir()
     assert model.name == f"fineweb_{VOCAB}_bpe_lossless_caps_caseops_v1_reserved.model"
-    encoder = prep.Encoder(model.read_bytes())
+    encoder = encoding.Encoder(model.read_bytes())
     assert not any("qz" in encoder.sp.id_to_piece(i) for i in range(VOCAB))
 
 
@@ -333,7 +335,7 @@ def test_record_sample(tmp_path, published):
 def test_line_ends_byte_order_mark_and_separators(tmp_path, model):
     raw = "\ufeff" + '{"text": "One\u2028two"}\r\n\r\n  "three\\u0085"  \r\n"four"'
     (tmp_path / "d.jsonl").write_bytes(raw.encode())
-    source = prep.DocumentFile(tmp_path / "d.jsonl")
+    source = sources.DocumentFile(tmp_path / "d.jsonl")
     found = [(d.text, d.line) for d in source]
     assert found == [("One\u2028two", 1), ("three\x85", 3), ("four", 4)]
     assert source.position == source.size
@@ -439,20 +441,20 @@ def test_empty_training_text(tmp_path, capsys):
     ({"bos_id": 2, "eos_id": 1}, "BOS has id 2"),
 ])
 def test_foreign_tokenizers(change, said, monkeypatch, english, tmp_path, capsys):
-    monkeypatch.setattr(prep, "TOKENIZER_SPEC", prep.TOKENIZER_SPEC | change)
+    monkeypatch.setattr(encoding, "TOKENIZER_SPEC", encoding.TOKENIZER_SPEC | change)
     model = tmp_path / "foreign.model"
-    model.write_bytes(prep.train_tokenizer([prep.Document(english[1], 1, 1)], 400, 10**9))
+    model.write_bytes(encoding.train_tokenizer([sources.Document(english[1], 1, 1)], 400, 10**9))
     docs = write_docs(tmp_path / "d.jsonl", ["a", "b"])
     fails(["--docs", docs, "--sp", model, "--out", tmp_path / "out"],
           f"{model}: ", capsys)
     with pytest.raises(prep.UserError, match=re.escape(said)):
-        prep.Encoder(model.read_bytes())
+        encoding.Encoder(model.read_bytes())
 
 
 def test_too_large_a_vocabulary(encoder, monkeypatch, model):
-    monkeypatch.setattr(prep, "COUNT_LIMIT", VOCAB - 1)
+    monkeypatch.setattr(encoding, "COUNT_LIMIT", VOCAB - 1)
     with pytest.raises(prep.UserError, match="ids are 16 bits"):
-        prep.Encoder(model.read_bytes())
+        encoding.Encoder(model.read_bytes())
 
 
 # ---- kills and full disks ------------------------------------------------------------------------
@@ -526,7 +528,7 @@ def test_interrupt(old_set, monkeypatch, capsys):
 
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(prep.ShardWriter, "add", interrupt)
+    monkeypatch.setattr(shards.ShardWriter, "add", interrupt)
     assert prep.main([str(a) for a in argv]) == 130
     assert "old files are as they were" in capsys.readouterr().err
     assert tree(data) == before
@@ -536,9 +538,9 @@ def test_write_whole_removes_what_it_could_not_finish(tmp_path):
     (tmp_path / "f").write_bytes(b"old")
 
     with contextlib.suppress(TypeError):
-        prep.write_whole(tmp_path / "f", b"new", "not bytes")
+        shards.write_whole(tmp_path / "f", b"new", "not bytes")
     assert tree(tmp_path) == {"f": b"old"}
-    digest = prep.write_whole(tmp_path / "f", b"new", np.array([1], "<u2"))
+    digest = shards.write_whole(tmp_path / "f", b"new", np.array([1], "<u2"))
     assert tree(tmp_path) == {"f": b"new\1\0"}
     assert digest == hashlib.sha256(b"new\1\0").hexdigest()
 
@@ -557,14 +559,14 @@ def test_demo_in_one_command(tmp_path):
     documents, size = (int(x.replace(",", "")) for x in found.groups())
     assert documents > 300
     assert size > 2_000_000
-    texts = [d.text for d in prep.DocumentFile(tmp_path / "demo" / "docs.jsonl")]
+    texts = [d.text for d in sources.DocumentFile(tmp_path / "demo" / "docs.jsonl")]
     assert len(texts) == len(set(texts)) == documents
     assert sum(len(t.encode()) for t in texts) == size
     folder = tmp_path / "demo" / "datasets" / SET.replace(str(VOCAB), "1024")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counted_bytes_equal_original_bytes"] is True
     model, = (tmp_path / "demo" / "tokenizers").iterdir()
-    encoder = prep.Encoder(model.read_bytes())
+    encoder = encoding.Encoder(model.read_bytes())
     tokens = documents_of(read_split(folder, "val"))
     assert [encoder.decode(d[1:]) for d in tokens] == texts[:50]
     assert read_split(folder, "val_bytes").sum() == sum(len(t.encode()) for t in texts[:50])
@@ -574,7 +576,7 @@ def test_module_prose_takes_docstrings_and_comment_blocks_once():
     source = '"""Top."""\n\n# one\n# two\n# three\n\nclass A(B):\n    """Of A."""\n' \
              '    def f(self, x=1):\n        """Of f."""\n        # single\n        return 1\n' \
              '    async def g(self):\n        """Of f."""\n'
-    assert prep.module_prose("m", source, set()) \
+    assert sources.module_prose("m", source, set()) \
         == "m\n\nTop.\n\none\ntwo\nthree\n\nclass A(B)\nOf A.\n\nf(self, x=1)\nOf f.\n"
 
 

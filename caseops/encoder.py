@@ -1,0 +1,189 @@
+"""Text -> token ids and the original bytes of each; training a tokenizer that loses nothing."""
+
+import io
+import os
+import re
+
+import numpy as np
+import sentencepiece
+
+import lossless_caps as caps
+from caseops import BOS, COUNT_LIMIT, UserError
+
+OPERATOR_IDS = {op: 4 + i for i, op in enumerate(caps.OPERATORS)}
+BATCH_BYTES = 1 << 20
+SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space inside pieces
+
+
+class DocumentError(ValueError):
+    """Document number `index` of a batch cannot be prepared; the message says why."""
+
+    def __init__(self, message, index):
+        super().__init__(message)
+        self.index = index
+
+
+class Encoder:
+    """Texts -> (token ids, original bytes of each token), through the case transform.
+
+    `model` is a serialized SentencePiece model with the four operators at ids 4..7, BOS at 1,
+    byte fallback and at most 65,536 pieces; else UserError, which begins with `name`.
+    `exact`: this tokenizer keeps every byte, so decode(ids) is the text.
+    """
+
+    _PROBE = " \t\n  a\u00a0 \r\n\x00\x01\ufb01 e\u0301\ufeff \ufffd  \n "
+    # A piece of 65,536 bytes can only be one whose source is mostly normalised away: it holds at
+    # least one long run of something other than visible ASCII.
+    _LONG_RUN = re.compile(r"[^!-~]{900}")
+
+    def __init__(self, model, name="tokenizer", threads=None):
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(model)
+        except RuntimeError as e:
+            raise UserError(f"{name}: not a SentencePiece model ({e}); give --sp another file, or "
+                            "use --train-tokenizer") from None
+        self.size = len(self.sp)
+        self.threads = threads or os.cpu_count() or 1
+        pieces = [self.sp.id_to_piece(i) for i in range(self.size)]
+        self._require(name, pieces)
+        is_byte = [self.sp.is_byte(i) for i in range(self.size)]
+        # Length of each piece in normalised text, where a space is SPACE_MARK (3 bytes).
+        self._lengths = np.array([1 if b else len(p.encode())
+                                  for p, b in zip(pieces, is_byte, strict=True)])
+        self.exact = self.sp.decode(self.sp.encode(self._PROBE)) == self._PROBE
+        mark = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+        self._mark = np.array(mark, np.uint16), np.array([0, 0, 3], np.uint16)
+
+    def _require(self, name, pieces):
+        problem = None
+        if self.size > COUNT_LIMIT:
+            problem = f"{self.size:,} pieces, but ids are 16 bits: at most {COUNT_LIMIT:,}"
+        elif any(i >= self.size or pieces[i] != op for op, i in OPERATOR_IDS.items()):
+            problem = "the case operators U+E001..U+E004 are not the pieces 4..7"
+        elif self.sp.bos_id() != BOS:
+            problem = f"BOS has id {self.sp.bos_id()}, not {BOS}"
+        elif self.sp.piece_to_id("<0xE2>") == self.sp.unk_id():
+            problem = "no byte fallback"
+        if problem:
+            raise UserError(f"{name}: {problem}; use a CaseOps tokenizer, or --train-tokenizer")
+
+    def encode_documents(self, texts, counts=True):
+        """[(ids uint16 [n], counts uint16 [n] or None)] for a list of str, without BOS.
+
+        counts[i] is the number of original UTF-8 bytes that token i stands for. A tokenizer that
+        is not `exact` may drop white space at either end of a text; those bytes are not counted.
+        `counts=False` saves the work. Raises DocumentError for a piece of 65,536 bytes or more.
+        """
+        data = [caps.encode(text).encode() for text in texts]
+        ids = self._encode(data)
+        done = []
+        for i, text in enumerate(texts):
+            if self.exact and SPACE_MARK in text:
+                done.append(self._with_space_marks(text, counts))
+                continue
+            spans = None
+            if counts or (len(data[i]) >= COUNT_LIMIT and self._LONG_RUN.search(text)):
+                spans = self._count(data[i], ids[i])
+                if len(spans) and spans.max() >= COUNT_LIMIT:
+                    raise DocumentError(f"a piece of {spans.max():,} bytes (limit "
+                                        f"{COUNT_LIMIT - 1:,})", i)
+            done.append((ids[i].astype(np.uint16), spans.astype(np.uint16) if counts else None))
+        return done
+
+    def decode(self, ids):
+        """The text of `ids` (without BOS): the original one where the tokenizer is `exact`."""
+        return caps.decode(self.sp.decode([int(i) for i in ids]))
+
+    def _encode(self, data):
+        if hasattr(self.sp, "encode_as_numpy"):  # since sentencepiece 0.2.2
+            return self.sp.encode(data, out_type="numpy", num_threads=self.threads)
+        return [np.array(x, np.int32) for x in self.sp.encode(data, num_threads=self.threads)]
+
+    def _count(self, data, ids):
+        normal, origin = self.sp.normalize(data, with_offsets=True)
+        ends = np.cumsum(self._lengths[ids], dtype=np.int64)
+        assert len(normal) == (ends[-1] if len(ends) else 0), "pieces do not tile the text"
+        if not len(ends):
+            return ends
+        original = caps.cumulative_bytes(data)[np.array(origin)]
+        return np.diff(original[ends], prepend=original[0])
+
+    def _with_space_marks(self, text, counts):
+        """SentencePiece reads a literal U+2581 as a space: spell it in byte tokens instead."""
+        parts = self.encode_documents(text.split(SPACE_MARK), counts)
+        joined = [parts[0]]
+        for part in parts[1:]:
+            joined += [self._mark, part]
+        ids, spans = zip(*joined, strict=True)
+        return np.concatenate(ids), np.concatenate(spans) if counts else None
+
+
+def batches(documents, limit=BATCH_BYTES):
+    """Lists of consecutive documents of about `limit` bytes together, at least one each."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += document.size + 64
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- training a tokenizer ------------------------------------------------------------------------
+
+# The trainer skips a sentence that holds NUL or its own U+2585, and reads U+2581 as a space.
+_UNTRAINABLE = re.compile("[\0\u2581\u2585]")
+# Keeps every byte. Whitespace may form pieces of its own, or indentation costs a token a space.
+TOKENIZER_SPEC = {
+    "model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True,
+    "character_coverage": 0.9995, "allow_whitespace_only_pieces": True,
+    "user_defined_symbols": list(caps.OPERATORS), "pad_id": 0, "bos_id": 1, "eos_id": 2,
+    "unk_id": 3, "max_sentence_length": 1 << 16, "num_threads": 4}
+
+
+def training_pieces(text, limit=4000):
+    """Cut encoded `text` before white space into pieces of at most `limit` characters, so that
+    the trainer, which skips long sentences, sees all of a long document."""
+    for part in _UNTRAINABLE.split(text):
+        start = 0
+        while len(part) - start > limit:
+            cut = max(part.rfind(c, start + 1, start + limit) for c in " \n")
+            cut = cut if cut > 0 else start + limit
+            yield part[start:cut]
+            start = cut
+        if start < len(part):
+            yield part[start:]
+
+
+def train_tokenizer(documents, vocab_size, max_bytes, progress=None):
+    """Train a byte-exact BPE on the first `max_bytes` of `documents`; the serialized model.
+
+    Raises UserError where the text is too little or too varied for `vocab_size`.
+    """
+    pieces, total = [], 0
+    for document in documents:
+        pieces.extend(training_pieces(caps.encode(document.text)))
+        total += document.size
+        if progress:
+            progress()
+        if total >= max_bytes:
+            break
+    model = io.BytesIO()
+    if not pieces:
+        raise UserError("--train-tokenizer: the training documents are empty; give more text")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(pieces), model_writer=model, vocab_size=vocab_size,
+            minloglevel=2, **TOKENIZER_SPEC)
+    except RuntimeError as e:
+        low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e))
+        high = re.search(r"value <= (\d+)", str(e))
+        advice = f"at least {int(low[1]) + 1}" if low else f"at most {high[1]}" if high else ""
+        raise UserError(f"--vocab-size {vocab_size} does not suit {total:,} bytes of training "
+                        f"text; use {advice or 'another size or more text'}"
+                        + ("" if advice else f" ({' '.join(str(e).split())})")) from None
+    return model.getvalue()
