@@ -10,6 +10,11 @@ import sentencepiece
 import lossless_caps as caps
 from caseops import BOS, COUNT_LIMIT, UserError
 
+try:
+    from caseops.segments import SegmentCache
+except ImportError:  # numba: the same ids without it, several times slower
+    SegmentCache = None
+
 OPERATOR_IDS = {op: 4 + i for i, op in enumerate(caps.OPERATORS)}
 BATCH_BYTES = 1 << 20
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space inside pieces
@@ -54,6 +59,12 @@ class Encoder:
         self.exact = self.sp.decode(self.sp.encode(self._PROBE)) == self._PROBE
         mark = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
         self._mark = np.array(mark, np.uint16), np.array([0, 0, 3], np.uint16)
+        self.cache, self.cache_reason = None, "numba is not installed"
+        if SegmentCache is not None:
+            try:
+                self.cache = SegmentCache(self.sp, model, self.encode_transformed, self.exact)
+            except ValueError as e:
+                self.cache_reason = str(e)
 
     def _require(self, name, pieces):
         problem = None
@@ -73,50 +84,53 @@ class Encoder:
 
         counts[i] is the number of original UTF-8 bytes that token i stands for. A tokenizer that
         is not `exact` may drop white space at either end of a text; those bytes are not counted.
-        `counts=False` saves the work. Raises DocumentError for a piece of 65,536 bytes or more.
+        Raises DocumentError for a piece of 65,536 bytes or more.
         """
-        data = [caps.encode(text).encode() for text in texts]
-        ids = self._encode(data)
-        done = []
+        done = [None] * len(texts)
+        fast = [i for i, text in enumerate(texts) if self.cache and not self._may_overflow(text)]
+        if fast:
+            for i, found in zip(fast, self.cache.encode([texts[i] for i in fast]), strict=True):
+                done[i] = found
         for i, text in enumerate(texts):
-            if self.exact and SPACE_MARK in text:
-                done.append(self._with_space_marks(text, counts))
-                continue
-            spans = None
-            if counts or (len(data[i]) >= COUNT_LIMIT and self._LONG_RUN.search(text)):
-                spans = self._count(data[i], ids[i])
-                if len(spans) and spans.max() >= COUNT_LIMIT:
-                    raise DocumentError(f"a piece of {spans.max():,} bytes (limit "
-                                        f"{COUNT_LIMIT - 1:,})", i)
-            done.append((ids[i].astype(np.uint16), spans.astype(np.uint16) if counts else None))
-        return done
+            if done[i] is None:
+                done[i] = self._encode_exactly(text, i)
+        return done if counts else [(ids, None) for ids, _ in done]
+
+    def _may_overflow(self, text):
+        return (len(text) >= COUNT_LIMIT // 4 and len(text.encode()) >= COUNT_LIMIT
+                and self._LONG_RUN.search(text))
+
+    def _encode_exactly(self, text, index):
+        """One document without the cache; `index` is its number in the batch, for the error."""
+        if self.exact and SPACE_MARK in text:
+            return self._with_space_marks(text, index)
+        ids, spans = self.encode_transformed(caps.encode(text).encode())
+        if len(spans) and spans.max() >= COUNT_LIMIT:
+            raise DocumentError(f"a piece of {spans.max():,} bytes (limit {COUNT_LIMIT - 1:,})",
+                                index)
+        return ids.astype(np.uint16), spans.astype(np.uint16)
 
     def decode(self, ids):
         """The text of `ids` (without BOS): the original one where the tokenizer is `exact`."""
         return caps.decode(self.sp.decode([int(i) for i in ids]))
 
-    def _encode(self, data):
-        if hasattr(self.sp, "encode_as_numpy"):  # since sentencepiece 0.2.2
-            return self.sp.encode(data, out_type="numpy", num_threads=self.threads)
-        return [np.array(x, np.int32) for x in self.sp.encode(data, num_threads=self.threads)]
-
-    def _count(self, data, ids):
+    def encode_transformed(self, data):
+        """(ids, counts), two integer arrays, of one transformed text as UTF-8."""
+        ids = np.array(self.sp.encode(data), np.int64)
         normal, origin = self.sp.normalize(data, with_offsets=True)
         ends = np.cumsum(self._lengths[ids], dtype=np.int64)
         assert len(normal) == (ends[-1] if len(ends) else 0), "pieces do not tile the text"
         if not len(ends):
-            return ends
+            return ids, ends
         original = caps.cumulative_bytes(data)[np.array(origin)]
-        return np.diff(original[ends], prepend=original[0])
+        return ids, np.diff(original[ends], prepend=original[0])
 
-    def _with_space_marks(self, text, counts):
+    def _with_space_marks(self, text, index):
         """SentencePiece reads a literal U+2581 as a space: spell it in byte tokens instead."""
-        parts = self.encode_documents(text.split(SPACE_MARK), counts)
-        joined = [parts[0]]
-        for part in parts[1:]:
-            joined += [self._mark, part]
+        first, *rest = (self._encode_exactly(part, index) for part in text.split(SPACE_MARK))
+        joined = [first, *(pair for part in rest for pair in (self._mark, part))]
         ids, spans = zip(*joined, strict=True)
-        return np.concatenate(ids), np.concatenate(spans) if counts else None
+        return np.concatenate(ids), np.concatenate(spans)
 
 
 def batches(documents, limit=BATCH_BYTES):
