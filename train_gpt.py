@@ -734,6 +734,585 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return leaky_mlp_ref(x, up, down, slope)
 
 
+# ---- residual mix + RMSNorm
+# Between two products the state passes through here. One kernel a direction; the backward kernel
+# works from n and 1/rms, so that u need not be kept, and adds its parameters' gradients up in
+# registers, program by program, always in the same order.
+
+EPS = float(torch.finfo(torch.float32).eps)
+
+
+def rms(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension without a weight; epsilon is float32's."""
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def mix_skip(a: Tensor, skip: Tensor, lerp: Tensor) -> Tensor:
+    """a and the skip, times weight lerp[0], joined by gate lerp[1] if there is one."""
+    weight, *gate = lerp.to(a.dtype)
+    return torch.lerp(weight * skip, a, gate[0].sigmoid()) if gate else a + weight * skip
+
+
+def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
+                 x0: Tensor | None, mix: Tensor | None, scale: float, window: int) -> tuple:
+    """a, m, skip, x0 [N, d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[:, :window]).
+
+    u is a + m with the skip (weight lerp[0], gate lerp[1]) and x0 mixed in; n = rms(u) * scale."""
+    a = a if m is None else a + m
+    u = a if skip is None else mix_skip(a, skip, lerp)
+    if mix is not None:
+        u = mix[0].to(a.dtype) * u + mix[1].to(a.dtype) * x0
+    n = rms(u) * scale
+    return a, u, n, n[:, :window]
+
+
+@jit
+def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, u_ptr, n_ptr,
+                      window_ptr, rstd_ptr, N, d, window, scale, eps, ADD: tl.constexpr,
+                      SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside, wide = (rows < N)[:, None] & (cols < d)[None, :], cols < d
+    at = rows.to(tl.int64)[:, None] * d + cols[None, :]
+    u = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        u += tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(a_ptr + at, u.to(a_ptr.dtype.element_ty), mask=inside)
+    if SKIP:
+        skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        skip *= tl.load(lerp_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        if SKIP == 2:
+            gate = tl.sigmoid(tl.load(lerp_ptr + d + cols, mask=wide, other=0.0).to(tl.float32))
+            u = skip + gate[None, :] * (u - skip)
+        else:
+            u += skip
+    if MIX:
+        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mix0 = tl.load(mix_ptr + cols, mask=wide, other=0.0).to(tl.float32)
+        mix1 = tl.load(mix_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)
+        u = mix0[None, :] * u + mix1[None, :] * x0
+        tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
+    rstd = tl.rsqrt(tl.sum(u * u, 1) / d + eps)
+    n = (u * (rstd * scale)[:, None]).to(n_ptr.dtype.element_ty)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+    tl.store(n_ptr + at, n, mask=inside)
+    near = rows[:, None] * window + cols[None, :]
+    tl.store(window_ptr + near, n, mask=inside & (cols < window)[None, :])
+
+
+# With g = dn * scale and h = n / scale: du = rstd (g - h mean(h g)), and what came for u itself.
+@jit
+def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_ptr, skip_ptr,
+                       lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d,
+                       window, scale, DA: tl.constexpr, DU: tl.constexpr, DWINDOW: tl.constexpr,
+                       SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    wide = cols < d
+    if MIX:
+        mix0 = tl.load(mix_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        mix1 = tl.load(mix_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        dmix0 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        dmix1 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if SKIP:
+        weight = tl.load(lerp_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if SKIP == 2:
+        gate = tl.load(lerp_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(gate)[None, :]
+        dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & wide[None, :]
+        at = rows.to(tl.int64)[:, None] * d + cols[None, :]
+        g = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if DWINDOW:
+            near = rows[:, None] * window + cols[None, :]
+            g += tl.load(dwindow_ptr + near, mask=inside & (cols < window)[None, :],
+                         other=0.0).to(tl.float32)
+        g *= scale
+        h = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32) / scale
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+        dv = rstd[:, None] * (g - h * (tl.sum(h * g, 1) / d)[:, None])
+        if DU:
+            dv += tl.load(du_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if MIX:
+            a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            du, dv = dv, mix0 * dv
+            tl.store(dx0_ptr + at, (mix1 * du).to(dx0_ptr.dtype.element_ty), mask=inside)
+            if SKIP:
+                skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if SKIP == 2:
+                behind = a - weight * skip
+                a = weight * skip + gate * behind
+                dgate += dv * behind
+                dskip = dv - gate * dv
+                dv *= gate
+            elif SKIP:
+                a += weight * skip
+                dskip = dv
+            if SKIP:
+                dweight += skip * dskip
+                tl.store(dskip_ptr + at, (weight * dskip).to(dskip_ptr.dtype.element_ty),
+                         mask=inside)
+            dmix0 += a * du
+            dmix1 += x0 * du
+        if DA:
+            dv += tl.load(da_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    at = sums_ptr + tl.program_id(0) * 4 * d + cols
+    if MIX:
+        tl.store(at, tl.sum(dmix0, 0), mask=wide)
+        tl.store(at + d, tl.sum(dmix1, 0), mask=wide)
+    if SKIP:
+        tl.store(at + 2 * d, tl.sum(dweight, 0), mask=wide)
+    if SKIP == 2:
+        tl.store(at + 3 * d, tl.sum(dgate * (gate * (1.0 - gate)), 0), mask=wide)
+
+
+def _programs(x: Tensor, tiles: int) -> int:
+    """How many programs share `tiles` tiles in a loop: four a multiprocessor."""
+    if not x.is_cuda:  # under the interpreter, so that each walks over several tiles
+        return min(tiles, 2)
+    return min(tiles, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def _tile(d: int, elements: int) -> dict[str, int]:
+    """ROWS and BLOCK of a tile of about so many elements, of rows d wide."""
+    block = triton.next_power_of_2(d)
+    return dict(ROWS=max(1, elements // block), BLOCK=block)
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _mix_norm_shapes(a, m, skip, lerp, x0, mix, scale, window):
+    rows, none = a.shape[0], (0, a.shape[1])
+    return (a.new_empty(none if m is None else a.shape),
+            a.new_empty(none if mix is None else a.shape), a.new_empty(a.shape),
+            a.new_empty(rows, window), a.new_empty(rows, dtype=torch.float32))
+
+
+@operator(_mix_norm_shapes)
+def mix_norm_forward(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
+                     x0: Tensor | None, mix: Tensor | None, scale: float, window: int
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(a + m, u, n, n[:, :window], 1/rms [N]); the first and second empty if they are a and a+m."""
+    inputs, (N, d) = _dense(a, m, skip, lerp, x0, mix), a.shape
+    outputs, tile = _mix_norm_shapes(a, m, skip, lerp, x0, mix, scale, window), _tile(d, 4096)
+    if N:
+        _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
+            *inputs, *outputs, N, d, window, scale, EPS, ADD=int(m is not None),
+            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), **tile)
+    return outputs
+
+
+def _mix_norm_grads(da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, scale):
+    N, d = n.shape
+    return (n.new_empty(N, d), n.new_empty(0 if skip is None else N, d),
+            n.new_empty(0 if mix is None else N, d),
+            n.new_empty(_programs(n, triton.cdiv(N, _tile(d, 2048)["ROWS"])), 4, d,
+                        dtype=torch.float32))
+
+
+@operator(_mix_norm_grads)
+def mix_norm_backward(da: Tensor | None, du: Tensor | None, dn: Tensor, dwindow: Tensor | None,
+                      a: Tensor | None, n: Tensor, rstd: Tensor, skip: Tensor | None,
+                      lerp: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(da and dm in one, dskip, dx0, sums [programs, 4, d] for dmix and dlerp)."""
+    given = da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix
+    outputs, (N, d) = _mix_norm_grads(*given, scale), n.shape
+    if N:
+        _mix_norm_backward[outputs[3].shape[0],](
+            *_dense(*given), *outputs, N, d, 0 if dwindow is None else dwindow.shape[1], scale,
+            DA=int(da is not None), DU=int(du is not None), DWINDOW=int(dwindow is not None),
+            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), **_tile(d, 2048))
+    return outputs
+
+
+def _mix_norm_save(ctx, inputs, output):
+    a, m, skip, lerp, x0, mix, ctx.scale, _window = inputs
+    whole, _u, n, _near, rstd = output
+    kept = None if mix is None else a if m is None else whole
+    ctx.added = m is not None
+    ctx.save_for_backward(kept, n, rstd, skip, lerp, x0, mix)
+    ctx.set_materialize_grads(False)
+
+
+def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
+    kept, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
+    dn = torch.zeros_like(n) if dn is None else dn
+    da, dskip, dx0, sums = mix_norm_backward(
+        da, du, dn, dwindow, kept, n, rstd, skip, lerp, x0, mix, ctx.scale)
+    sums = None if mix is None else sums.sum(0)
+    return (da, da if ctx.added else None, None if skip is None else dskip,
+            None if skip is None else sums[2 : 2 + len(lerp)].to(lerp.dtype),
+            None if mix is None else dx0, None if mix is None else sums[:2].to(mix.dtype),
+            None, None)
+
+
+mix_norm_forward.register_autograd(_mix_norm_grad, setup_context=_mix_norm_save)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the kernels take x: a GPU (or the interpreter) and a type of 2 or 4 bytes."""
+    return use_triton(x.device) and x.element_size() in (2, 4)
+
+
+def mix_norm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
+             lerp: Tensor | None = None, x0: Tensor | None = None, mix: Tensor | None = None,
+             scale: float = 1.0, window: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mix_norm_ref in one kernel; a skip needs a mix. The last result has its own gradient, which
+    the backward kernel adds to n's."""
+    if not fused(a):
+        return mix_norm_ref(a, m, skip, lerp, x0, mix, scale, window)
+    whole, u, n, near, _rstd = mix_norm_forward(a, m, skip, lerp, x0, mix, scale, window)
+    whole = a if m is None else whole
+    return whole, whole if mix is None else u, n, near
+
+
+# ---- queries, keys and values: one product, then RMSNorm, partial RoPE and gain
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial RoPE: x [B, T, H, D]; cos, sin [T, R/2] rotate channels j < R/2 and j + R/2."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    x1, x2 = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, x[..., 2 * half :]), dim=-1)
+
+
+def project_qkv_ref(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor,
+                    T: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n [N, d], w [(H + 2K) D, d], delta [N, (H + 2K) D], gain [H], rope [2, positions, R/2]; rows
+    of T tokens -> q [N, H, D], k, v [N, K, D]; q and k normalised and rotated, q times gain."""
+    x = F.linear(n, w) if delta is None else F.linear(n, w) + delta
+    x = x.unflatten(0, (-1, T)).unflatten(-1, (len(gain) + 2 * K, -1))  # [B, T, heads, D]
+    q, k, v = x.split([len(gain), K, K], dim=2)
+    cos, sin = rope[:, :T].to(n.dtype)
+    q = rotate(rms(q), cos, sin) * gain.to(n.dtype)[:, None]
+    return tuple(y.flatten(0, 1) for y in (q, rotate(rms(k), cos, sin), v))
+
+
+# A tile is [rows x heads, D]. The channel that turns with another is read again, from the cache.
+@jit
+def _qk_forward(raw_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, N, T, positions, H, K, D, half, eps,
+                ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    r, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    row, head = r // (H + K), r % (H + K)
+    inside, turns = (row < N)[:, None] & (cols < D)[None, :], (cols < 2 * half)[None, :]
+    x_at = raw_ptr + r.to(tl.int64)[:, None] * D
+    x = tl.load(x_at + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.where(cols < half, cols + half, cols - half)
+    sign = tl.where(cols < half, 1.0, -1.0)[None, :]
+    pair = tl.load(x_at + other[None, :], mask=inside & turns, other=0.0).to(tl.float32) * sign
+    angle = rope_ptr + (row % T)[:, None] * half + (cols % half)[None, :]
+    cos = tl.load(angle, mask=inside & turns, other=1.0).to(tl.float32)
+    sin = tl.load(angle + positions * half, mask=inside & turns, other=0.0).to(tl.float32)
+    gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * gain
+    y = ((x * cos + pair * sin) * factor[:, None]).to(q_ptr.dtype.element_ty)
+    row, head, is_q = row.to(tl.int64)[:, None], head[:, None], (head < H)[:, None]
+    tl.store(q_ptr + (row * H + head) * D + cols[None, :], y, mask=inside & is_q)
+    tl.store(k_ptr + (row * K + head - H) * D + cols[None, :], y, mask=inside & (head >= H))
+
+
+# dq, dk and dv go into one [N, (H + 2K) D]: one product each for dn and dw. With t the upstream
+# gradient turned back and h = x / rms: dx = gain / rms (t - h mean(h t)), dgain = sum h t.
+@jit
+def _qk_backward(dq_ptr, dk_ptr, dv_ptr, raw_ptr, gain_ptr, rope_ptr, dx_ptr, dgain_ptr, N, T,
+                 positions, H, K, D, half, eps, HEADS: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    head = lane % HEADS
+    is_q, is_k = (head < H)[:, None], ((head >= H) & (head < H + K))[:, None]
+    is_v = ((head >= H + K) & (head < H + 2 * K))[:, None]
+    other = tl.where(cols < half, cols + half, cols - half)[None, :]
+    sign = tl.where(cols < half, 1.0, -1.0)[None, :]
+    turns = (cols < 2 * half)[None, :]
+    gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
+    dgain = tl.zeros((ROWS,), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0)):
+        row = tile * (ROWS // HEADS) + lane // HEADS
+        inside, wide = (row < N)[:, None] & (cols < D)[None, :], row.to(tl.int64)[:, None]
+        q_at = dq_ptr + (wide * H + head[:, None]) * D
+        k_at = dk_ptr + (wide * K + head[:, None] - H) * D
+        v_at = dv_ptr + (wide * K + head[:, None] - H - K) * D
+        t = tl.load(q_at + cols[None, :], mask=inside & is_q, other=0.0).to(tl.float32)
+        t += tl.load(k_at + cols[None, :], mask=inside & is_k, other=0.0).to(tl.float32)
+        t += tl.load(v_at + cols[None, :], mask=inside & is_v, other=0.0).to(tl.float32)
+        pair = tl.load(q_at + other, mask=inside & turns & is_q, other=0.0).to(tl.float32)
+        pair += tl.load(k_at + other, mask=inside & turns & is_k, other=0.0).to(tl.float32)
+        angle = rope_ptr + (row % T)[:, None] * half + (cols % half)[None, :]
+        seen = inside & turns & (is_q | is_k)
+        cos = tl.load(angle, mask=seen, other=1.0).to(tl.float32)
+        sin = tl.load(angle + positions * half, mask=seen, other=0.0).to(tl.float32)
+        t = t * cos - sign * pair * sin
+        x = tl.load(raw_ptr + (wide * (H + K) + head[:, None]) * D + cols[None, :],
+                    mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        along = tl.sum(x * t, 1) * rstd
+        dgain += along
+        dx = (t - x * (rstd * along / D)[:, None]) * (rstd * gain)[:, None]
+        tl.store(dx_ptr + (wide * (H + 2 * K) + head[:, None]) * D + cols[None, :],
+                 tl.where(is_v, t, dx).to(dx_ptr.dtype.element_ty),
+                 mask=inside & (is_q | is_k | is_v))
+    tl.store(dgain_ptr + tl.program_id(0) * ROWS + lane, dgain)
+
+
+def _qkv_shapes(n, w, delta, gain, rope, T, K):
+    N, H = n.shape[0], gain.shape[0]
+    D = w.shape[0] // (H + 2 * K)
+    return (n.new_empty(N, H, D), n.new_empty(N, K, D), n.new_empty(N, K, D),
+            n.new_empty(N, (H + K) * D))
+
+
+@operator(_qkv_shapes)
+def project_qkv_forward(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor,
+                        T: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and, for the backward pass, q and k as the product left them, [N, (H + K) D]."""
+    q, k, v, raw = _qkv_shapes(n, w, delta, gain, rope, T, K)
+    width, (N, H, D) = raw.shape[1], q.shape
+    torch.mm(n, w[:width].T, out=raw)
+    torch.mm(n, w[width:].T, out=v.view(N, K * D))
+    if delta is not None:
+        raw += delta[:, :width]
+        v += delta[:, width:].view_as(v)
+    tile = _tile(D, 4096)
+    if N:
+        _qk_forward[triton.cdiv(N * (H + K), tile["ROWS"]),](
+            raw, gain.contiguous(), rope.contiguous(), q, k, N, T, rope.shape[1], H, K, D,
+            rope.shape[2], EPS, **tile)
+    return q, k, v, raw
+
+
+def _qk_tile(H: int, K: int, D: int) -> dict[str, int]:
+    heads, block = triton.next_power_of_2(H + 2 * K), triton.next_power_of_2(D)
+    return dict(HEADS=heads, ROWS=max(heads, 2048 // block), BLOCK=block)
+
+
+def _qkv_grads(dq, dk, dv, raw, gain, rope, T):
+    (N, H, D), K = dq.shape, dk.shape[1]
+    tile = _qk_tile(H, K, D)
+    programs = _programs(raw, triton.cdiv(N * tile["HEADS"], tile["ROWS"]))
+    return (raw.new_empty(N, (H + 2 * K) * D),
+            raw.new_empty(programs * tile["ROWS"] // tile["HEADS"], tile["HEADS"],
+                          dtype=torch.float32))
+
+
+@operator(_qkv_grads)
+def project_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, raw: Tensor, gain: Tensor,
+                         rope: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(gradient of the product [N, (H + 2K) D], sums whose first H columns add up to dgain)."""
+    (N, H, D), K = dq.shape, dk.shape[1]
+    dx, sums = _qkv_grads(dq, dk, dv, raw, gain, rope, T)
+    tile = _qk_tile(H, K, D)
+    if N:
+        _qk_backward[sums.numel() // tile["ROWS"],](
+            *_dense(dq, dk, dv, raw, gain, rope), dx, sums, N, T, rope.shape[1], H, K, D,
+            rope.shape[2], EPS, **tile)
+    return dx, sums
+
+
+def _qkv_save(ctx, inputs, output):
+    n, w, delta, gain, rope, ctx.T, _K = inputs
+    ctx.has_delta = delta is not None
+    ctx.save_for_backward(n, w, gain, rope, output[3])
+    ctx.set_materialize_grads(False)  # nothing flows into the last output
+
+
+def _qkv_grad(ctx, dq, dk, dv, _draw):
+    n, w, gain, rope, raw = ctx.saved_tensors
+    dx, sums = project_qkv_backward(dq, dk, dv, raw, gain, rope, ctx.T)
+    need_n, need_w, _, need_gain, *_ = ctx.needs_input_grad
+    return (dx @ w if need_n else None, dx.T @ n if need_w else None,
+            dx if ctx.has_delta else None,
+            sums.sum(0)[: len(gain)].to(gain.dtype) if need_gain else None, None, None, None)
+
+
+project_qkv_forward.register_autograd(_qkv_grad, setup_context=_qkv_save)
+
+
+def project_qkv(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor, T: int,
+                K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """project_qkv_ref with one kernel after the products; all results are contiguous."""
+    if fused(n):
+        return project_qkv_forward(n, w, delta, gain, rope, T, K)[:3]
+    return project_qkv_ref(n, w, delta, gain, rope, T, K)
+
+
+# ---- exclusive self-attention (XSA) and the sparse gate
+
+def xsa_gate_ref(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
+                 scale: float) -> Tensor:
+    """y [N, H, D], v [N, K, D] or None, near [N, window], gate_w [H, window] or None -> [N, H D]:
+    y without its part along its group's v, times sigmoid(scale near gate_w^T)."""
+    if v is not None:
+        grouped = y.unflatten(1, (v.shape[1], -1))  # [N, K, H/K, D]
+        axis = F.normalize(v, dim=-1)[:, :, None]
+        y = (grouped - (grouped * axis).sum(-1, keepdim=True) * axis).flatten(1, 2)
+    if gate_w is not None:
+        y = y * torch.sigmoid(scale * F.linear(near, gate_w.to(near.dtype)))[..., None]
+    return y.flatten(1)
+
+
+# A tile is [rows x key heads, query heads of one group, D]; padded to powers of two.
+@jit
+def _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP: tl.constexpr,
+               WINDOW: tl.constexpr):
+    """sigmoid(scale near . gate) [ROWS, GROUP], near [ROWS, 1, WINDOW], gate [ROWS, GROUP, ...]."""
+    group, cols = tl.arange(0, GROUP)[None, :, None], tl.arange(0, WINDOW)[None, None, :]
+    row, kv = row[:, None, None], kv[:, None, None]
+    near = tl.load(near_ptr + row * window + cols, mask=(row < N) & (cols < window), other=0.0)
+    gate = tl.load(gate_ptr + (kv * G + group) * window + cols,
+                   mask=(kv < K) & (group < G) & (cols < window), other=0.0)
+    near, gate = near.to(tl.float32), gate.to(tl.float32)
+    return tl.sigmoid(scale * tl.sum(near * gate, 2)), near, gate
+
+
+@jit
+def _xsa_gate_forward(y_ptr, v_ptr, near_ptr, gate_ptr, out_ptr, N, scale, K, G, D, window,
+                      XSA: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr,
+                      HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+                      WINDOW: tl.constexpr):
+    r, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
+    row, kv, group = r // HEADS, r % HEADS, tl.arange(0, GROUP)[None, :, None]
+    inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
+    at = (row.to(tl.int64) * K + kv)[:, None, None]  # of [N K]
+    y_at, seen = (at * G + group) * D + cols, inside & (group < G)
+    y = tl.load(y_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
+    if XSA:
+        v = tl.load(v_ptr + at * D + cols, mask=inside, other=0.0).to(tl.float32)
+        v /= tl.maximum(tl.sqrt(tl.sum(v * v, 2)), 1e-12)[:, :, None]
+        y -= tl.sum(y * v, 2)[:, :, None] * v
+    if GATE:
+        s, _near, _gate = _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP,
+                                     WINDOW)
+        y *= s[:, :, None]
+    tl.store(out_ptr + y_at, y.to(out_ptr.dtype.element_ty), mask=seen)
+
+
+# With the unit vector e = v / |v|, p = y.e and g = dout s: dy = g - (g.e) e, and for each query
+# head dv = -(p g + (g.e) y - 2 p (g.e) e) / |v|; dlogit = (dout . (y - p e)) s (1 - s) scale.
+@jit
+def _xsa_gate_backward(dout_ptr, y_ptr, v_ptr, near_ptr, gate_ptr, dy_ptr, dv_ptr, dnear_ptr,
+                       sums_ptr, N, scale, K, G, D, window, XSA: tl.constexpr, GATE: tl.constexpr,
+                       ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                       BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
+    kv, group = lane % HEADS, tl.arange(0, GROUP)[None, :, None]
+    dgate = tl.zeros((ROWS, GROUP, WINDOW), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0)):
+        row = tile * (ROWS // HEADS) + lane // HEADS
+        inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
+        at = (row.to(tl.int64) * K + kv)[:, None, None]
+        y_at, seen = (at * G + group) * D + cols, inside & (group < G)
+        dy = tl.load(dout_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
+        dot = tl.sum(dy * y, 2)
+        if XSA:
+            e = tl.load(v_ptr + at * D + cols, mask=inside, other=0.0).to(tl.float32)
+            shrink = 1.0 / tl.maximum(tl.sqrt(tl.sum(e * e, 2)), 1e-12)[:, :, None]
+            e *= shrink
+            p, q = tl.sum(y * e, 2), tl.sum(dy * e, 2)
+            dot -= p * q
+        if GATE:
+            s, near, gate = _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP,
+                                       WINDOW)
+            dlogit = (dot * s * (1.0 - s) * scale)[:, :, None]
+            dgate += dlogit * near
+            part = tl.sum(tl.reshape(tl.sum(dlogit * gate, 1), (ROWS // HEADS, HEADS, WINDOW)), 1)
+            token = (tile * (ROWS // HEADS) + tl.arange(0, ROWS // HEADS))[:, None]
+            near_cols = tl.arange(0, WINDOW)[None, :]
+            tl.store(dnear_ptr + token * window + near_cols, part.to(dnear_ptr.dtype.element_ty),
+                     mask=(token < N) & (near_cols < window))
+            dy *= s[:, :, None]
+        if XSA:
+            if GATE:
+                q *= s
+            p, q = p[:, :, None], q[:, :, None]
+            dv = -tl.sum(p * dy + q * y - 2.0 * p * q * e, 1)[:, None, :] * shrink
+            tl.store(dv_ptr + at * D + cols, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+            dy -= q * e
+        tl.store(dy_ptr + y_at, dy.to(dy_ptr.dtype.element_ty), mask=seen)
+    if GATE:
+        at = (tl.program_id(0) * ROWS + lane)[:, None, None] * GROUP + group
+        tl.store(sums_ptr + at * WINDOW + tl.arange(0, WINDOW)[None, None, :], dgate)
+
+
+def _xsa_sizes(y: Tensor, v: Tensor | None, near: Tensor, elements: int) -> tuple[dict, dict]:
+    """(sizes, tile) of a launch; without v every query head is a group of its own."""
+    (_N, H, D), K = y.shape, y.shape[1] if v is None else v.shape[1]
+    heads, group, block = (triton.next_power_of_2(n) for n in (K, H // K, D))
+    return (dict(K=K, G=H // K, D=D, window=near.shape[1]),
+            dict(HEADS=heads, ROWS=max(heads, elements // (group * block)), GROUP=group,
+                 BLOCK=block, WINDOW=triton.next_power_of_2(max(1, near.shape[1]))))
+
+
+@operator(lambda y, v, near, gate_w, scale: y.new_empty(y.shape[0], y.shape[1] * y.shape[2]))
+def xsa_gate_forward(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
+                     scale: float) -> Tensor:
+    """[N, H D]."""
+    sizes, tile = _xsa_sizes(y, v, near, 4096)
+    out = y.new_empty(y.shape[0], y.shape[1] * y.shape[2])
+    if len(y):
+        _xsa_gate_forward[triton.cdiv(len(y) * tile["HEADS"], tile["ROWS"]),](
+            *_dense(y, v, near, gate_w), out, len(y), scale, **sizes, XSA=int(v is not None),
+            GATE=int(gate_w is not None), **tile)
+    return out
+
+
+def _xsa_grads(dout, y, v, near, gate_w, scale):
+    _, tile = _xsa_sizes(y, v, near, 2048)
+    programs = _programs(y, triton.cdiv(y.shape[0] * tile["HEADS"], tile["ROWS"]))
+    return (y.new_empty(y.shape), y.new_empty(0) if v is None else v.new_empty(v.shape),
+            near.new_empty(near.shape),
+            y.new_empty(programs * tile["ROWS"] // tile["HEADS"], tile["HEADS"], tile["GROUP"],
+                        tile["WINDOW"], dtype=torch.float32))
+
+
+@operator(_xsa_grads)
+def xsa_gate_backward(dout: Tensor, y: Tensor, v: Tensor | None, near: Tensor,
+                      gate_w: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dy, dv, dnear, sums that add up to dgate_w [K, H / K, window], padded)."""
+    sizes, tile = _xsa_sizes(y, v, near, 2048)
+    outputs = _xsa_grads(dout, y, v, near, gate_w, scale)
+    if len(y):
+        _xsa_gate_backward[outputs[3].shape[0] * tile["HEADS"] // tile["ROWS"],](
+            *_dense(dout, y, v, near, gate_w), *outputs, len(y), scale, **sizes,
+            XSA=int(v is not None), GATE=int(gate_w is not None), **tile)
+    return outputs
+
+
+def _xsa_save(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _xsa_grad(ctx, dout):
+    y, v, near, gate_w = ctx.saved_tensors
+    dy, dv, dnear, sums = xsa_gate_backward(dout, y, v, near, gate_w, ctx.scale)
+    dgate = None
+    if gate_w is not None:
+        sizes, _ = _xsa_sizes(y, v, near, 2048)
+        dgate = sums.sum(0)[: sizes["K"], : sizes["G"], : sizes["window"]]
+        dgate = dgate.reshape(gate_w.shape).to(gate_w.dtype)
+    return (dy, None if v is None else dv, None if gate_w is None else dnear, dgate, None)
+
+
+xsa_gate_forward.register_autograd(_xsa_grad, setup_context=_xsa_save)
+
+
+def xsa_gate(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
+             scale: float) -> Tensor:
+    """xsa_gate_ref in one kernel."""
+    if not fused(y) or (v is None and gate_w is None):
+        return xsa_gate_ref(y, v, near, gate_w, scale)
+    return xsa_gate_forward(y, v, near, gate_w, scale)
+
+
 # ---- FlashAttention-4 (twin: attend_ref, §4)
 # It compiles itself when first called, which a graph cannot hold, so its two halves are operators.
 # q, y [N, H, D]; k, v [N, K, D]; cu int32 [S + 1], bounds of the segments, each at most max_len.
@@ -948,19 +1527,6 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     return tuple(found)
 
 
-def rms(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without a weight; epsilon is float32's."""
-    return F.rms_norm(x, (x.shape[-1],), eps=torch.finfo(torch.float32).eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: x [B, T, H, D]; cos, sin [T, R/2] rotate channels j < R/2 and j + R/2."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, x[..., 2 * half :]), dim=-1)
-
-
 class AttentionParameters(nn.Module):
     """The small tensors of one attention layer; its matrices live in the banks."""
 
@@ -1061,45 +1627,60 @@ class GPT(nn.Module):
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
-        cfg, n = self.cfg, self.cfg.num_layers
-        banks = [b.to(self.dtype).unbind() for b in self.banks()]  # one cast, one gradient a bank
-        cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype)
+        cfg, (B, T) = self.cfg, ids.shape
+        weights, skips = self.weights(), self.skip_parameters()
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
-        a = x0 = rms(x)
-        b, stack = None, []  # a, b: the two lanes; b is None while there is one
+        x0 = rms(x).flatten(0, 1)  # [N, d] from here on
+        a, m, b = x0, None, None  # the state is a + m; b the second lane, while there is one
+        stack, push = [], False
         for step in self.plans[looped]:
-            i = step.layer
-            if step.lanes and b is None:
-                b = a
+            block, (qkv, out, up, down) = self.blocks[step.layer], weights[step.layer]
+            scale = 1 / math.sqrt(step.layer + 1) if cfg.ln_scale else 1.0
+            if step.lanes or (push and step.skip is not None):  # else the kernel adds m
+                a, m = a if m is None else a + m, None
+                if push:
+                    stack.append(a)
+                push, b = False, a if step.lanes and b is None else b
+            skip = lerp = None
             if step.skip is not None:
-                a = self.add_skip(a, stack.pop(), step.skip)
-            block = self.blocks[i]
-            mix = block.resid_mix.to(self.dtype)
-            u = mix[0] * a + mix[1] * x0
-            qkvo = (banks[0][i], banks[1][i], banks[1][n + i], banks[0][n + i])
-            y = self.attention(step, self.norm(u, i), qkvo, (cos, sin), segments, lora, observe)
-            y = block.attn_scale.to(self.dtype) * y
-            v = u = u + y if b is None else u
-            v = self.norm(u if b is None else b, i)
-            m = self.mlp(step, v, banks[2][i], banks[3][i], lora, observe)
-            m = block.mlp_scale.to(self.dtype) * m
-            a, b = (u + m, None) if b is None else self.mix_lanes(i, a, b, y, m)
-            if step.push:
+                skip, lerp = stack.pop(), skips[step.skip]
+            if step.lanes and skip is not None:
+                a, skip = mix_skip(a, skip, lerp), None
+            a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale,
+                                     cfg.gate_window)
+            if push:
                 stack.append(a)
+            push = step.push
+            y = self.attention(step, n, near, qkv, out, segments, T, lora, observe)
+            if b is None:
+                a, _, n, _ = mix_norm(u, y, scale=scale)
+                m = self.mlp(step, n, up, down, lora, observe)
+            else:
+                n = mix_norm(b, scale=scale)[2]
+                m = self.mlp(step, n, up, down, lora, observe)
+                (a, b), m = self.mix_lanes(step.layer, a, b, y, m), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
-        h = rms(a)
+        h = mix_norm(a, m)[2].view(B, T, -1)
         if observe:
             observe("head", h)
         return h
 
-    def banks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
+    def weights(self) -> list[tuple[Tensor, ...]]:
+        """(qkv, out, up, down) of each layer, cast once; the scales of what attention and MLP add
+        to the state are factors of their last matrices' rows."""
+        (q, o), (k, v) = self.qo_bank.chunk(2), self.kv_bank.chunk(2)
+        attn, mlp = (torch.stack([getattr(block, name) for block in self.blocks])[:, :, None]
+                     for name in ("attn_scale", "mlp_scale"))
+        stacks = torch.cat((q, k, v), 1), attn * o, self.mlp_up_bank, mlp * self.mlp_down_bank
+        return list(zip(*(w.to(self.dtype).unbind() for w in stacks), strict=True))
 
-    def norm(self, x: Tensor, layer: int) -> Tensor:
-        return rms(x) * (1 / math.sqrt(layer + 1)) if self.cfg.ln_scale else rms(x)
+    def skip_parameters(self) -> tuple[Tensor, ...]:
+        """One [1 or 2, d] a skip: weight and, if there is one, gate."""
+        gates = [self.skip_gates] if self.cfg.skip_gates_enabled else []
+        return torch.stack([self.skip_weights, *gates], 1).unbind()
 
     def smear(self, x: Tensor, ids: Tensor) -> Tensor:
         """x_t += lambda sigmoid(w . x_t[:window]) x_{t-1}, never into a BOS. idea: @kellerjordan
@@ -1110,12 +1691,6 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * gate * (ids[:, 1:, None] != BOS)
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
-    def add_skip(self, x: Tensor, skip: Tensor, j: int) -> Tensor:
-        skip = self.skip_weights[j].to(x.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[j].to(x.dtype)))
-
     def mix_lanes(self, i: int, a: Tensor, b: Tensor, y: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         keep = self.parallel_resid_lambdas[i].to(a.dtype)
         post = self.parallel_post_lambdas[i].to(a.dtype)  # [attention or MLP, lane]
@@ -1123,40 +1698,40 @@ class GPT(nn.Module):
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
 
-    def attention(self, step: Pass, n: Tensor, qkvo: tuple, rope: tuple, segments: "Segments",
-                  lora: "Lora | None", observe: Callable | None) -> Tensor:
-        """Grouped-query attention with XSA and the sparse gate: n [B, T, d] -> [B, T, d]."""
-        cfg, block, D = self.cfg, self.blocks[step.layer].attn, self.cfg.head_dim
-        q, k, v = (F.linear(n, w) for w in qkvo[:3])
+    def attention(self, step: Pass, n: Tensor, near: Tensor, qkv: Tensor, out: Tensor,
+                  segments: "Segments", T: int, lora: "Lora | None",
+                  observe: Callable | None) -> Tensor:
+        """Grouped-query attention with XSA and the sparse gate, which sees `near`, the first
+        channels of n: n [N, d] -> [N, d], scaled."""
+        cfg, block, delta = self.cfg, self.blocks[step.layer], None
         if lora is not None:
-            q, k, v = (y + lora(r, step.slot, n) for r, y in (("q", q), ("k", k), ("v", v)))
-        q, k, v = (y.unflatten(-1, (-1, D)) for y in (q, k, v))  # [B, T, H or K, D]
-        q = rotate(rms(q), *rope) * block.q_gain.to(q.dtype)[:, None]
-        k = rotate(rms(k), *rope)
-        y = self.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), segments).view_as(q)
-        if step.layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = y.unflatten(2, (cfg.num_kv_heads, -1))  # [B, T, K, H/K, D]
-            axis = F.normalize(v, dim=-1)[:, :, :, None]
-            y = (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
-        if cfg.sparse_attn_gate_enabled:
-            logit = F.linear(n[..., : cfg.gate_window], block.attn_gate_w.to(n.dtype))
-            y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * logit)[..., None]
-        y = y.flatten(2)
+            delta = [lora(role, step.slot, n) for role in "qkv"]
+            delta = torch.cat([part if isinstance(part, Tensor) else n.new_zeros(len(n), cfg.kv_dim)
+                               for part in delta], dim=1)
+        q, k, v = project_qkv(n, qkv, delta, block.attn.q_gain, self.rope, T, cfg.num_kv_heads)
+        y = self.attend(q, k, v, segments)
+        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
+        gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
+        y = xsa_gate(y, v if xsa else None, near, gate, cfg.sparse_attn_gate_scale)
         if observe:
             observe(f"attn.{step.layer}", n)
             observe(f"attn_out.{step.layer}", y)
-        y = F.linear(y, qkvo[3])
-        return y if lora is None else y + lora("o", step.slot, n)
+        y = F.linear(y, out)
+        if lora is not None:
+            y = y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
+        return y
 
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
-        """Squared LeakyReLU between up and down: n [B, T, d] -> [B, T, d]."""
+        """Squared LeakyReLU between up and down: n [N, d] -> [N, d], scaled."""
         if observe:
             observe(f"mlp.{step.layer}", n)
             hidden = F.leaky_relu(F.linear(n, up), LEAKY_SLOPE).square()
             observe(f"mlp_hidden.{step.layer}", hidden)
-        y = leaky_mlp(n.flatten(0, 1), up, down, LEAKY_SLOPE).view_as(n)
-        return y if lora is None else y + lora("mlp", step.slot, n)
+        y = leaky_mlp(n, up, down, LEAKY_SLOPE)
+        if lora is not None:
+            y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
+        return y
 
 
 def rotary_table(cfg: Config) -> Tensor:
@@ -1199,14 +1774,15 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
+        """The delta for x [b T, in] -> [b T, out], or 0 for a role that is left out.
 
-        The b rows of x belong to the documents `self.rows` of the batch."""
+        The b parts of x belong to the documents `self.rows` of the batch."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
         a, b = self.A[key][self.rows].to(x.dtype), self.B[key][self.rows].to(x.dtype)
-        return (x @ a.mT) @ b.mT * self.scale
+        delta = x.view(len(a), -1, x.shape[-1]) @ a.mT @ b.mT * self.scale
+        return delta.view(*x.shape[:-1], -1)
 
 
 def uniform_start(generator: torch.Generator) -> Callable[[Tensor], None]:

@@ -44,16 +44,21 @@ def seeded(seed: int, *shapes: tuple[int, ...], scale: float = 1.0) -> list[torc
 
 
 def outcome(function, inputs, grad, dtype) -> list[torch.Tensor]:
-    """Value and gradients of function(*inputs) at inputs and upstream gradient rounded to dtype."""
+    """Values and gradients of function(*inputs) at inputs and upstream gradient (or gradients, if
+    there are several results) rounded to dtype."""
     inputs = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(DEVICE, y.dtype))]
+    results, grads = function(*inputs), grad
+    if isinstance(results, torch.Tensor):
+        results, grads = (results,), (grad,)
+    grads = [g.to(DEVICE, y.dtype) for y, g in zip(results, grads, strict=True)]
+    return [*(y.detach() for y in results), *torch.autograd.grad(results, inputs, grads)]
 
 
 def assert_native(function, twin, inputs, grad, dtype, exact=None) -> None:
     """Error (its norm) of `function` <= twice that of `twin` in dtype, against float64; one float32
     rounding of the largest value is left, for the places where the twin happens to be right."""
-    inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
+    inputs = [x.to(dtype) for x in inputs]
+    grad = [g.to(dtype) for g in grad] if isinstance(grad, list) else grad.to(dtype)
     ours, native = (outcome(f, inputs, grad, dtype) for f in (function, twin))
     truth = outcome(exact or twin, inputs, grad, torch.float64)
     for i, (y, n, t) in enumerate(zip(ours, native, truth, strict=True)):
@@ -187,6 +192,87 @@ def test_leaky_mlp_with_frozen_weights():
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # only: is it the right gradient?
 
 
+# ---- residual mix + RMSNorm
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, d", [(1, 8), (37, 48), (70, 512)])
+@pytest.mark.parametrize("gates", [None, 0, 1, 2])  # None: no mix; else parameters of a skip
+@pytest.mark.parametrize("add", [False, True])
+def test_mix_norm(N, d, gates, add, dtype):
+    a, m, skip, x0, *grads = seeded(N, *[(N, d)] * 4, *[(N, d)] * 3, (N, 5))
+    lerp, mix = seeded(d, (gates or 1, d), (2, d))
+    inputs = [a, *[m] * add, *[skip, lerp] * bool(gates), *[x0, mix] * (gates is not None)]
+
+    def call(function):
+        def on(a, *rest):
+            rest = list(rest)
+            m = rest.pop(0) if add else None
+            skip, lerp = (rest.pop(0), rest.pop(0)) if gates else (None, None)
+            x0, mix = rest or (None, None)
+            whole, u, n, near = function(a, m, skip, lerp, x0, mix, 0.7, 5)
+            return [*[whole] * add, *[u] * (gates is not None), n, near]
+        return on
+
+    grads = [*grads[:1] * add, *grads[1:2] * (gates is not None), *grads[2:]]
+    assert_native(call(train_gpt.mix_norm), call(train_gpt.mix_norm_ref), inputs, grads, dtype)
+
+
+@kernels
+def test_mix_norm_without_some_gradients():
+    """Only n is used; the tensors may be views; no rows at all."""
+    a, m, x0, mix, grad = (x.to(DEVICE) for x in seeded(2, *[(20, 24)] * 3, (2, 24), (10, 24)))
+    found = []
+    for f in (train_gpt.mix_norm, train_gpt.mix_norm_ref):
+        leaves = [x.clone().requires_grad_() for x in (a, m, x0, mix)]
+        n = f(*(x[::2] for x in leaves[:2]), None, None, leaves[2][::2], leaves[3], 0.5, 0)[2]
+        found.append([n.detach(), *torch.autograd.grad(n, leaves, grad)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # only: are they the right ones?
+    assert train_gpt.mix_norm(a[:0], m[:0], x0=x0[:0], mix=mix)[2].shape == (0, 24)
+
+
+# ---- queries, keys and values; XSA and gate
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("B, T, d, H, K, D, R", [(1, 70, 32, 8, 4, 64, 16), (2, 7, 16, 4, 2, 8, 8),
+                                                 (1, 3, 16, 6, 3, 12, 4), (3, 1, 8, 1, 1, 16, 2)])
+def test_project_qkv(B, T, d, H, K, D, R, delta, dtype):
+    width = (H + 2 * K) * D
+    n, w, shift, gain, dq, dk, dv = seeded(T, (B * T, d), (width, d), (B * T, width), (H,),
+                                           *[(B * T, heads, D) for heads in (H, K, K)])
+    angle = torch.rand(T + 3, R // 2, generator=torch.Generator().manual_seed(D)) * 7
+    rope = torch.stack((angle.cos(), angle.sin())).to(DEVICE)
+
+    def call(function):
+        return lambda n, w, gain, *shift: function(n, w, *shift or [None], gain, rope.to(n.dtype)
+                                                   if n.dtype == torch.float64 else rope, T, K)
+
+    assert_native(call(train_gpt.project_qkv), call(train_gpt.project_qkv_ref),
+                  [n, w / d**0.5, gain + 2, *[shift] * delta], [dq, dk, dv], dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("xsa, gated", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("N, H, K, D, window", [(1, 4, 2, 8, 3), (50, 8, 4, 64, 12),
+                                                (37, 9, 3, 20, 5), (21, 3, 3, 16, 1)])
+def test_xsa_gate(N, H, K, D, window, xsa, gated, dtype):
+    y, v, near, gate, grad = seeded(N, (N, H, D), (N, K, D), (N, window), (H, window), (N, H * D))
+
+    def call(function):
+        def on(y, *rest):
+            rest = list(rest)
+            v = rest.pop(0) if xsa else None
+            near, gate = rest or (y.new_zeros(N, window), None)
+            return function(y, v, near, gate, 0.5)
+        return on
+
+    assert_native(call(train_gpt.xsa_gate), call(train_gpt.xsa_gate_ref),
+                  [y, *[v] * xsa, *[near, gate] * gated], grad, dtype)
+
+
 # ---- the operators inside torch.compile
 
 def operator_samples():
@@ -200,10 +286,27 @@ def operator_samples():
     yield train_gpt.softcap_ce_backward, (dlosses, z, targets, norm, CAP)
     yield train_gpt.leaky_mlp_forward, (*leaf[1:], SLOPE)
     yield train_gpt.leaky_mlp_dpre, (x, down, pre, SLOPE)
+    a, m, skip, x0, da = (t.to(DEVICE, dtype) for t in seeded(6, *[(9, 16)] * 5))
+    lerp, mix = (t.to(DEVICE) for t in seeded(7, (2, 16), (2, 16)))
+    leaf = [t.clone().requires_grad_() for t in (a, m, skip, lerp, x0, mix)]
+    yield train_gpt.mix_norm_forward, (*leaf, 0.5, 3)
+    yield train_gpt.mix_norm_forward, (leaf[0], None, None, None, None, None, 0.5, 0)
+    rstd = torch.ones(9, device=DEVICE)
+    yield train_gpt.mix_norm_backward, (da, None, da, None, a, m, rstd, skip, lerp, x0, mix, 0.5)
+    gain, rope = (t.to(DEVICE) for t in seeded(8, (4,), (2, 9, 2)))
+    w, delta = (t.to(DEVICE, dtype) for t in seeded(9, (64, 16), (9, 64)))
+    leaf = [t.clone().requires_grad_() for t in (a, w, delta, gain)]
+    yield train_gpt.project_qkv_forward, (*leaf, rope, 3, 2)
+    q, k, v, raw = train_gpt.project_qkv_forward(a, w, None, gain, rope, 3, 2)
+    yield train_gpt.project_qkv_backward, (q, k, v, raw, gain, rope, 3)
+    gate = seeded(10, (4, 3))[0].to(DEVICE)
+    leaf = [t.clone().requires_grad_() for t in (q, v, a[:, :3], gate)]
+    yield train_gpt.xsa_gate_forward, (*leaf, 0.5)
+    yield train_gpt.xsa_gate_backward, (q.flatten(1), q, v, a[:, :3], gate, 0.5)
 
 
 @kernels
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(11))
 def test_operators_are_well_formed(index):
     op, arguments = list(operator_samples())[index]
     torch.library.opcheck(op, arguments)
