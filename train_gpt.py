@@ -769,8 +769,8 @@ def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor 
 @jit
 def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, u_ptr, n_ptr,
                       window_ptr, rstd_ptr, N, d, window, scale, eps, ADD: tl.constexpr,
-                      SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
-                      BLOCK: tl.constexpr):
+                      SKIP: tl.constexpr, MIX: tl.constexpr, WINDOW: tl.constexpr,
+                      ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside, wide = (rows < N)[:, None] & (cols < d)[None, :], cols < d
     at = rows.to(tl.int64)[:, None] * d + cols[None, :]
@@ -796,8 +796,9 @@ def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, 
     n = (u * (rstd * scale)[:, None]).to(n_ptr.dtype.element_ty)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
     tl.store(n_ptr + at, n, mask=inside)
-    near = rows[:, None] * window + cols[None, :]
-    tl.store(window_ptr + near, n, mask=inside & (cols < window)[None, :])
+    if WINDOW:
+        near = rows[:, None] * window + cols[None, :]
+        tl.store(window_ptr + near, n, mask=inside & (cols < window)[None, :])
 
 
 # With g = dn * scale and h = n / scale: du = rstd (g - h mean(h g)), and what came for u itself.
@@ -806,7 +807,7 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
                        lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d,
                        window, scale, DA: tl.constexpr, DU: tl.constexpr, DWINDOW: tl.constexpr,
                        SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):
+                       BLOCK: tl.constexpr, STAGES: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     wide = cols < d
     if MIX:
@@ -821,7 +822,8 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
         gate = tl.load(lerp_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)
         gate = tl.sigmoid(gate)[None, :]
         dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0),
+                         num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & wide[None, :]
         at = rows.to(tl.int64)[:, None] * d + cols[None, :]
@@ -871,6 +873,9 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
         tl.store(at + 3 * d, tl.sum(dgate * (gate * (1.0 - gate)), 0), mask=wide)
 
 
+LOOP_STAGES = 2  # tiles in flight in the loops of the backward kernels
+
+
 def _programs(x: Tensor, tiles: int) -> int:
     """How many programs share `tiles` tiles in a loop: four a multiprocessor."""
     if not x.is_cuda:  # under the interpreter, so that each walks over several tiles
@@ -905,7 +910,8 @@ def mix_norm_forward(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Ten
     if N:
         _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
             *inputs, *outputs, N, d, window, scale, EPS, ADD=int(m is not None),
-            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), **tile)
+            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None),
+            WINDOW=int(window > 0), **tile)
     return outputs
 
 
@@ -928,8 +934,10 @@ def mix_norm_backward(da: Tensor | None, du: Tensor | None, dn: Tensor, dwindow:
     if N:
         _mix_norm_backward[outputs[3].shape[0],](
             *_dense(*given), *outputs, N, d, 0 if dwindow is None else dwindow.shape[1], scale,
-            DA=int(da is not None), DU=int(du is not None), DWINDOW=int(dwindow is not None),
-            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), **_tile(d, 2048))
+            DA=int(da is not None), DU=int(du is not None),
+            DWINDOW=int(dwindow is not None and dwindow.shape[1] > 0),
+            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), STAGES=LOOP_STAGES,
+            **_tile(d, 2048))
     return outputs
 
 
@@ -945,6 +953,7 @@ def _mix_norm_save(ctx, inputs, output):
 def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
     kept, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
     dn = torch.zeros_like(n) if dn is None else dn
+    da, du = da if ctx.added else None, None if mix is None else du  # those outputs were empty
     da, dskip, dx0, sums = mix_norm_backward(
         da, du, dn, dwindow, kept, n, rstd, skip, lerp, x0, mix, ctx.scale)
     sums = None if mix is None else sums.sum(0)
@@ -996,70 +1005,85 @@ def project_qkv_ref(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, ro
     return tuple(y.flatten(0, 1) for y in (q, rotate(rms(k), cos, sin), v))
 
 
-# A tile is [rows x heads, D]. The channel that turns with another is read again, from the cache.
+# A tile is [rows x heads, D]; the channels that turn are read again, from the cache, as two tiles
+# [rows x heads, R/2], so that every access is of neighbours.
 @jit
-def _qk_forward(raw_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, N, T, positions, H, K, D, half, eps,
-                ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    r, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    row, head = r // (H + K), r % (H + K)
-    inside, turns = (row < N)[:, None] & (cols < D)[None, :], (cols < 2 * half)[None, :]
-    x_at = raw_ptr + r.to(tl.int64)[:, None] * D
-    x = tl.load(x_at + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    other = tl.where(cols < half, cols + half, cols - half)
-    sign = tl.where(cols < half, 1.0, -1.0)[None, :]
-    pair = tl.load(x_at + other[None, :], mask=inside & turns, other=0.0).to(tl.float32) * sign
-    angle = rope_ptr + (row % T)[:, None] * half + (cols % half)[None, :]
-    cos = tl.load(angle, mask=inside & turns, other=1.0).to(tl.float32)
-    sin = tl.load(angle + positions * half, mask=inside & turns, other=0.0).to(tl.float32)
-    gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * gain
-    y = ((x * cos + pair * sin) * factor[:, None]).to(q_ptr.dtype.element_ty)
-    row, head, is_q = row.to(tl.int64)[:, None], head[:, None], (head < H)[:, None]
-    tl.store(q_ptr + (row * H + head) * D + cols[None, :], y, mask=inside & is_q)
-    tl.store(k_ptr + (row * K + head - H) * D + cols[None, :], y, mask=inside & (head >= H))
+def _qk_forward(raw_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, N, T, positions, eps, H: tl.constexpr,
+                K: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, TURN: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols, turn = tl.arange(0, BLOCK)[None, :], tl.arange(0, TURN)[None, :]
+    row, head = (r // (H + K))[:, None], (r % (H + K))[:, None]
+    here, turns = row < N, (row < N) & (turn < R2)
+    at = raw_ptr + r.to(tl.int64)[:, None] * D
+    x = tl.load(at + cols, mask=here & (cols < D), other=0.0).to(tl.float32)
+    x1 = tl.load(at + turn, mask=turns, other=0.0).to(tl.float32)
+    x2 = tl.load(at + R2 + turn, mask=turns, other=0.0).to(tl.float32)
+    angle = rope_ptr + (row % T) * R2 + turn
+    cos = tl.load(angle, mask=turns, other=0.0).to(tl.float32)
+    sin = tl.load(angle + positions * R2, mask=turns, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    factor *= tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
+    dtype, rest = q_ptr.dtype.element_ty, here & (cols >= 2 * R2) & (cols < D)
+    y, y1 = (x * factor).to(dtype), ((x1 * cos + x2 * sin) * factor).to(dtype)
+    y2 = ((x2 * cos - x1 * sin) * factor).to(dtype)
+    q_at = q_ptr + (row.to(tl.int64) * H + head) * D
+    k_at = k_ptr + (row.to(tl.int64) * K + head - H) * D
+    tl.store(q_at + cols, y, mask=rest & (head < H))
+    tl.store(q_at + turn, y1, mask=turns & (head < H))
+    tl.store(q_at + R2 + turn, y2, mask=turns & (head < H))
+    tl.store(k_at + cols, y, mask=rest & (head >= H))
+    tl.store(k_at + turn, y1, mask=turns & (head >= H))
+    tl.store(k_at + R2 + turn, y2, mask=turns & (head >= H))
 
 
 # dq, dk and dv go into one [N, (H + 2K) D]: one product each for dn and dw. With t the upstream
 # gradient turned back and h = x / rms: dx = gain / rms (t - h mean(h t)), dgain = sum h t.
 @jit
 def _qk_backward(dq_ptr, dk_ptr, dv_ptr, raw_ptr, gain_ptr, rope_ptr, dx_ptr, dgain_ptr, N, T,
-                 positions, H, K, D, half, eps, HEADS: tl.constexpr, ROWS: tl.constexpr,
-                 BLOCK: tl.constexpr):
-    lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    head = lane % HEADS
-    is_q, is_k = (head < H)[:, None], ((head >= H) & (head < H + K))[:, None]
-    is_v = ((head >= H + K) & (head < H + 2 * K))[:, None]
-    other = tl.where(cols < half, cols + half, cols - half)[None, :]
-    sign = tl.where(cols < half, 1.0, -1.0)[None, :]
-    turns = (cols < 2 * half)[None, :]
+                 positions, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                 R2: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                 TURN: tl.constexpr, STAGES: tl.constexpr):
+    lane = tl.arange(0, ROWS)
+    cols, turn = tl.arange(0, BLOCK)[None, :], tl.arange(0, TURN)[None, :]
+    head = (lane % HEADS)[:, None]
     gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-    dgain = tl.zeros((ROWS,), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0)):
-        row = tile * (ROWS // HEADS) + lane // HEADS
-        inside, wide = (row < N)[:, None] & (cols < D)[None, :], row.to(tl.int64)[:, None]
-        q_at = dq_ptr + (wide * H + head[:, None]) * D
-        k_at = dk_ptr + (wide * K + head[:, None] - H) * D
-        v_at = dv_ptr + (wide * K + head[:, None] - H - K) * D
-        t = tl.load(q_at + cols[None, :], mask=inside & is_q, other=0.0).to(tl.float32)
-        t += tl.load(k_at + cols[None, :], mask=inside & is_k, other=0.0).to(tl.float32)
-        t += tl.load(v_at + cols[None, :], mask=inside & is_v, other=0.0).to(tl.float32)
-        pair = tl.load(q_at + other, mask=inside & turns & is_q, other=0.0).to(tl.float32)
-        pair += tl.load(k_at + other, mask=inside & turns & is_k, other=0.0).to(tl.float32)
-        angle = rope_ptr + (row % T)[:, None] * half + (cols % half)[None, :]
-        seen = inside & turns & (is_q | is_k)
-        cos = tl.load(angle, mask=seen, other=1.0).to(tl.float32)
-        sin = tl.load(angle + positions * half, mask=seen, other=0.0).to(tl.float32)
-        t = t * cos - sign * pair * sin
-        x = tl.load(raw_ptr + (wide * (H + K) + head[:, None]) * D + cols[None, :],
-                    mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-        along = tl.sum(x * t, 1) * rstd
+    dgain = tl.zeros((ROWS, 1), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0),
+                         num_stages=STAGES):
+        token = (tile * (ROWS // HEADS) + lane // HEADS)[:, None]
+        is_q, is_k = (token < N) & (head < H), (token < N) & (head >= H) & (head < H + K)
+        is_v = (token < N) & (head >= H + K) & (head < H + 2 * K)
+        row, wide, turns = token.to(tl.int64), cols < D, turn < R2
+        q_at, k_at = dq_ptr + (row * H + head) * D, dk_ptr + (row * K + head - H) * D
+        v_at = dv_ptr + (row * K + head - H - K) * D
+        x_at, dx_at = raw_ptr + (row * (H + K) + head) * D, dx_ptr + (row * (H + 2 * K) + head) * D
+        g = tl.load(q_at + cols, mask=is_q & wide, other=0.0).to(tl.float32)
+        g += tl.load(k_at + cols, mask=is_k & wide, other=0.0).to(tl.float32)
+        g += tl.load(v_at + cols, mask=is_v & wide, other=0.0).to(tl.float32)
+        x = tl.load(x_at + cols, mask=(is_q | is_k) & wide, other=0.0).to(tl.float32)
+        g1 = tl.load(q_at + turn, mask=is_q & turns, other=0.0).to(tl.float32)
+        g1 += tl.load(k_at + turn, mask=is_k & turns, other=0.0).to(tl.float32)
+        g2 = tl.load(q_at + R2 + turn, mask=is_q & turns, other=0.0).to(tl.float32)
+        g2 += tl.load(k_at + R2 + turn, mask=is_k & turns, other=0.0).to(tl.float32)
+        turns = (is_q | is_k) & turns
+        x1 = tl.load(x_at + turn, mask=turns, other=0.0).to(tl.float32)
+        x2 = tl.load(x_at + R2 + turn, mask=turns, other=0.0).to(tl.float32)
+        angle = rope_ptr + (token % T) * R2 + turn
+        cos = tl.load(angle, mask=turns, other=0.0).to(tl.float32)
+        sin = tl.load(angle + positions * R2, mask=turns, other=0.0).to(tl.float32)
+        t1, t2 = g1 * cos - g2 * sin, g2 * cos + g1 * sin
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        along = tl.sum(tl.where(cols >= 2 * R2, x * g, 0.0), 1) + tl.sum(x1 * t1 + x2 * t2, 1)
+        along = along[:, None] * rstd
         dgain += along
-        dx = (t - x * (rstd * along / D)[:, None]) * (rstd * gain)[:, None]
-        tl.store(dx_ptr + (wide * (H + 2 * K) + head[:, None]) * D + cols[None, :],
-                 tl.where(is_v, t, dx).to(dx_ptr.dtype.element_ty),
-                 mask=inside & (is_q | is_k | is_v))
-    tl.store(dgain_ptr + tl.program_id(0) * ROWS + lane, dgain)
+        back, factor, dtype = rstd * along / D, rstd * gain, dx_ptr.dtype.element_ty
+        dx = tl.where(is_v, g, (g - x * back) * factor)
+        rest = is_v | ((is_q | is_k) & (cols >= 2 * R2))
+        tl.store(dx_at + cols, dx.to(dtype), mask=rest & wide)
+        tl.store(dx_at + turn, ((t1 - x1 * back) * factor).to(dtype), mask=turns)
+        tl.store(dx_at + R2 + turn, ((t2 - x2 * back) * factor).to(dtype), mask=turns)
+    tl.store(dgain_ptr + (tl.program_id(0) * ROWS + lane)[:, None], dgain)
 
 
 def _qkv_shapes(n, w, delta, gain, rope, T, K):
@@ -1083,8 +1107,8 @@ def project_qkv_forward(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor
     tile = _tile(D, 4096)
     if N:
         _qk_forward[triton.cdiv(N * (H + K), tile["ROWS"]),](
-            raw, gain.contiguous(), rope.contiguous(), q, k, N, T, rope.shape[1], H, K, D,
-            rope.shape[2], EPS, **tile)
+            raw, gain.contiguous(), rope.contiguous(), q, k, N, T, rope.shape[1], EPS, H, K, D,
+            R2=rope.shape[2], TURN=triton.next_power_of_2(rope.shape[2]), **tile)
     return q, k, v, raw
 
 
@@ -1111,8 +1135,9 @@ def project_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, raw: Tensor, gain: 
     tile = _qk_tile(H, K, D)
     if N:
         _qk_backward[sums.numel() // tile["ROWS"],](
-            *_dense(dq, dk, dv, raw, gain, rope), dx, sums, N, T, rope.shape[1], H, K, D,
-            rope.shape[2], EPS, **tile)
+            *_dense(dq, dk, dv, raw, gain, rope), dx, sums, N, T, rope.shape[1], EPS, H, K, D,
+            R2=rope.shape[2], TURN=triton.next_power_of_2(rope.shape[2]), STAGES=LOOP_STAGES,
+            **tile)
     return dx, sums
 
 
@@ -1200,11 +1225,12 @@ def _xsa_gate_forward(y_ptr, v_ptr, near_ptr, gate_ptr, out_ptr, N, scale, K, G,
 def _xsa_gate_backward(dout_ptr, y_ptr, v_ptr, near_ptr, gate_ptr, dy_ptr, dv_ptr, dnear_ptr,
                        sums_ptr, N, scale, K, G, D, window, XSA: tl.constexpr, GATE: tl.constexpr,
                        ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                       BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+                       BLOCK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr):
     lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
     kv, group = lane % HEADS, tl.arange(0, GROUP)[None, :, None]
     dgate = tl.zeros((ROWS, GROUP, WINDOW), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0),
+                         num_stages=STAGES):
         row = tile * (ROWS // HEADS) + lane // HEADS
         inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
         at = (row.to(tl.int64) * K + kv)[:, None, None]
@@ -1282,7 +1308,7 @@ def xsa_gate_backward(dout: Tensor, y: Tensor, v: Tensor | None, near: Tensor,
     if len(y):
         _xsa_gate_backward[outputs[3].shape[0] * tile["HEADS"] // tile["ROWS"],](
             *_dense(dout, y, v, near, gate_w), *outputs, len(y), scale, **sizes,
-            XSA=int(v is not None), GATE=int(gate_w is not None), **tile)
+            XSA=int(v is not None), GATE=int(gate_w is not None), STAGES=LOOP_STAGES, **tile)
     return outputs
 
 
