@@ -510,6 +510,11 @@ def use_triton(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def fused(x: Tensor) -> bool:
+    """Whether the kernels take x: a GPU (or the interpreter) and a type of 2 or 4 bytes."""
+    return use_triton(x.device) and x.element_size() in (2, 4)
+
+
 def operator(fake: Callable) -> Callable:
     """Decorator: a torch.library operator; `fake` makes empty outputs from the same arguments."""
     def register(function):
@@ -538,81 +543,70 @@ def _tanh(u):
     return tl.where(s < 0.3025, u + u * s * near, tl.where(u < 0.0, -far, far)), 4.0 * e * r * r
 
 
-# Saves the float32 softcapped logits and their log-softmax: 2 x 4 bytes a logit, written and read
-# again (6.4 GB at N=98304, V=8192). One program reads its row once and keeps two numbers: the
-# maximum and ln sum exp(logit - maximum), apart, since their sum would round at the cap's size.
+# Saves the float32 softcapped logits, their log-softmax and its gradient: 4 bytes a logit each,
+# written and read again (3.2 GB at N=98304, V=8192). One program holds its row in registers, reads
+# it once and leaves the gradient of its loss, (softmax - onehot) (1 - tanh^2), in z's place.
 @jit
-def _softcap_ce_forward(z_ptr, target_ptr, loss_ptr, norm_ptr, V, cap, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    top, total = -1e38, 0.0  # running maximum, and sum of exp(logit - top)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-        t, _slope = _tanh(z / cap)
-        logits = tl.where(cols < V, cap * t, -1e38)
-        new_top = tl.maximum(top, tl.max(logits, 0))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top), 0)
-        top = new_top
-    t, _slope = _tanh(tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32) / cap)
-    tl.store(norm_ptr + 2 * row, top)
-    tl.store(norm_ptr + 2 * row + 1, tl.log(total))
-    tl.store(loss_ptr + row, (top - cap * t) + tl.log(total))
-
-
-# Saves the float32 gradients of log-softmax and softcap: z is read once more and dz written once,
-# in z's dtype: dz = dloss * (softmax - onehot) * (1 - tanh^2), from z and norm.
-@jit
-def _softcap_ce_backward(dloss_ptr, z_ptr, target_ptr, norm_ptr, dz_ptr, V, cap,
-                         BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
     t, slope = _tanh(z / cap)
-    p = tl.exp((cap * t - tl.load(norm_ptr + 2 * row)) - tl.load(norm_ptr + 2 * row + 1))
-    onehot = tl.where(cols == tl.load(target_ptr + row), 1.0, 0.0)
-    dz = tl.load(dloss_ptr + row) * (p - onehot) * slope
+    logits = tl.where(cols < V, cap * t, -1e38)
+    top, target = tl.max(logits, 0), tl.load(target_ptr + row)
+    e = tl.exp(logits - top)
+    total = tl.sum(e, 0)
+    hit = cols == target
+    tl.store(loss_ptr + row, (top - tl.sum(tl.where(hit, logits, 0.0), 0)) + tl.log(total))
+    dz = (e * (1.0 / total) - tl.where(hit, 1.0, 0.0)) * slope
     tl.store(dz_ptr + row * V + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
 
 
-def _row_block(V: int) -> int:
-    return min(triton.next_power_of_2(V), 8192)  # with 8 warps: 32 logits a thread
+MOST_LOGITS = 16384  # of a row that a program holds in registers
+
+
+def _launch_softcap_ce(z: Tensor, targets: Tensor, cap: float, dz: Tensor) -> Tensor:
+    (N, V), losses = z.shape, z.new_empty(z.shape[0], dtype=torch.float32)
+    if N:
+        block = triton.next_power_of_2(V)
+        _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap, BLOCK=block,
+                        num_warps=16 if block > 8192 else 8)
+    return losses
 
 
 @operator(lambda z, targets, cap: (z.new_empty(z.shape[0], dtype=torch.float32),
-                                   z.new_empty(z.shape[0], 2, dtype=torch.float32)))
+                                   z.new_empty(z.shape)))
 def softcap_ce(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses [N], norm [N, 2]), both float32."""
-    z, targets = z.contiguous(), targets.contiguous()
-    N, V = z.shape
-    losses, norm = (z.new_empty(shape, dtype=torch.float32) for shape in (N, (N, 2)))
-    if N:
-        _softcap_ce_forward[N,](z, targets, losses, norm, V, cap, BLOCK=_row_block(V), num_warps=8)
-    return losses, norm
+    """(losses [N] float32, their gradients dz [N, V])."""
+    dz = z.new_empty(z.shape)
+    return _launch_softcap_ce(z.contiguous(), targets, cap, dz), dz
 
 
-@operator(lambda dlosses, z, targets, norm, cap: z.new_empty(z.shape))
-def softcap_ce_backward(dlosses: Tensor, z: Tensor, targets: Tensor,
-                        norm: Tensor, cap: float) -> Tensor:
-    """dz [N, V] in z's dtype, from dlosses [N]."""
-    dlosses, z, targets = dlosses.contiguous(), z.contiguous(), targets.contiguous()
-    dz, (N, V) = z.new_empty(z.shape), z.shape
-    if N:
-        block = _row_block(V)
-        _softcap_ce_backward[N, triton.cdiv(V, block)](
-            dlosses, z, targets, norm, dz, V, cap, BLOCK=block, num_warps=8)
-    return dz
+@operator(lambda h, w, targets, cap: (h.new_empty(h.shape[0], dtype=torch.float32),
+                                      h.new_empty(h.shape[0], w.shape[0])))
+def linear_softcap_ce(h: Tensor, w: Tensor, targets: Tensor,
+                      cap: float) -> tuple[Tensor, Tensor]:
+    """The same for z = h w^T; the logits are never kept."""
+    z = h @ w.T
+    return _launch_softcap_ce(z, targets, cap, z), z
 
 
 def _softcap_ce_save(ctx, inputs, output):
-    z, targets, ctx.cap = inputs
-    ctx.save_for_backward(z, targets, output[1])
+    ctx.save_for_backward(*inputs[:-2], output[1])
+    ctx.set_materialize_grads(False)  # dz never leaves this section
 
 
-def _softcap_ce_grad(ctx, dlosses, _dnorm):  # norm never leaves this section
-    return softcap_ce_backward(dlosses, *ctx.saved_tensors, ctx.cap), None, None
+def _softcap_ce_grad(ctx, dlosses, _ddz):
+    *_z, dz = ctx.saved_tensors
+    return dz * dlosses[:, None].to(dz.dtype), None, None
+
+
+def _linear_softcap_ce_grad(ctx, dlosses, _ddz):
+    (h, w, dz), scale = ctx.saved_tensors, dlosses[:, None]
+    return ((dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None)
 
 
 softcap_ce.register_autograd(_softcap_ce_grad, setup_context=_softcap_ce_save)
+linear_softcap_ce.register_autograd(_linear_softcap_ce_grad, setup_context=_softcap_ce_save)
 
 
 def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -621,9 +615,16 @@ def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     z [N, V] raw logits (bfloat16, float16 or float32), targets [N] int64 in 0..V-1 (not checked)
     -> losses [N] float32, in nats. The gradient has z's dtype.
     """
-    if use_triton(z.device) and z.element_size() in (2, 4):
+    if fused(z) and z.shape[1] <= MOST_LOGITS:
         return softcap_ce(z, targets, cap)[0]
     return softcap_cross_entropy_ref(z, targets, cap)
+
+
+def linear_cross_entropy(h: Tensor, w: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """softcap_cross_entropy(h w^T, targets, cap): h [N, d], w [V, d]."""
+    if fused(h) and w.shape[0] <= MOST_LOGITS:
+        return linear_softcap_ce(h, w, targets, cap)[0]
+    return softcap_cross_entropy(h @ w.T, targets, cap)
 
 
 # ---- MLP with squared LeakyReLU
@@ -662,20 +663,19 @@ def _leaky_mlp(a_desc, b_desc, pre_desc, out_desc, N, depth, width, slope,
             out_desc.store([row, at], out.to(out_desc.dtype))
 
 
-# (BM, BN, BK, warps, stages) by bytes an element, then forward, backward. At 2 bytes, all that
-# sm90's 227 KiB of shared memory hold (224 and 208 KiB); under 170 registers, nothing spilled.
-LEAKY_MLP_TILES = {2: ((128, 256, 64, 8, 4), (128, 256, 64, 8, 3)),
-                   4: ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2))}
+# (BM, BN, BK, warps, stages, programs a multiprocessor) by bytes an element; forward, backward.
+LEAKY_MLP_TILES = {2: ((128, 256, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1)),
+                   4: ((64, 64, 32, 8, 2, 1), (64, 64, 32, 8, 2, 1))}
 
 
 def _launch_leaky_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor,
                       slope: float, backward: bool) -> None:
     (N, depth), width = a.shape, pre.shape[1]
-    BM, BN, BK, warps, stages = LEAKY_MLP_TILES[a.element_size()][backward]
+    BM, BN, BK, warps, stages, each = LEAKY_MLP_TILES[a.element_size()][backward]
     tiles = triton.cdiv(N, BM) * triton.cdiv(width, BN)
     programs = 2  # under the interpreter, so that each walks over several tiles
     if a.is_cuda:
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+        programs = each * torch.cuda.get_device_properties(a.device).multi_processor_count
     blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 2], [BM, BN // 2]
     tensors = a.contiguous(), b.contiguous(), pre, out
     described = map(TensorDescriptor.from_tensor, tensors, blocks)
@@ -729,7 +729,7 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     Tensor descriptors (TMA) need rows of 16-byte multiples; other widths take the twin.
     """
     aligned = all(t.shape[1] * t.element_size() % 16 == 0 for t in (up, down))
-    if use_triton(x.device) and x.element_size() in (2, 4) and aligned:
+    if fused(x) and aligned:
         return leaky_mlp_forward(x, up, down, slope)[0]
     return leaky_mlp_ref(x, up, down, slope)
 
@@ -964,11 +964,6 @@ def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
 
 
 mix_norm_forward.register_autograd(_mix_norm_grad, setup_context=_mix_norm_save)
-
-
-def fused(x: Tensor) -> bool:
-    """Whether the kernels take x: a GPU (or the interpreter) and a type of 2 or 4 bytes."""
-    return use_triton(x.device) and x.element_size() in (2, 4)
 
 
 def mix_norm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
@@ -1634,9 +1629,13 @@ class GPT(nn.Module):
         h = self.hidden(ids, segments, looped, lora)
         if at is not None:
             h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
-        z = self.head(h, lora)
-        loss = softcap_cross_entropy if self.cfg.fused_ce_enabled else softcap_cross_entropy_ref
-        losses = loss(z.flatten(0, 1), targets.flatten(), self.cfg.logit_softcap)
+        cap, fused_ce = self.cfg.logit_softcap, self.cfg.fused_ce_enabled
+        if fused_ce and lora is None:
+            w = self.tok_emb.weight.to(h.dtype)
+            losses = linear_cross_entropy(h.flatten(0, 1), w, targets.flatten(), cap)
+        else:
+            loss = softcap_cross_entropy if fused_ce else softcap_cross_entropy_ref
+            losses = loss(self.head(h, lora).flatten(0, 1), targets.flatten(), cap)
         return losses.view_as(targets)
 
     def head(self, h: Tensor, lora: "Lora | None" = None) -> Tensor:

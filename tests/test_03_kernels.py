@@ -149,6 +149,17 @@ def test_softcap_cross_entropy_takes_views_and_no_rows():
 
 
 @kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, d, V", [(5, 16, 40), (33, 24, 1000), (12, 64, 8192)])
+def test_linear_cross_entropy(N, d, V, dtype):
+    h, w, grad = seeded(V, (N, d), (V, d), (N,))
+    targets = torch.arange(N, device=DEVICE) * 7919 % V
+    assert_native(lambda h, w: train_gpt.linear_cross_entropy(h, w, targets, CAP),
+                  lambda h, w: train_gpt.softcap_cross_entropy_ref(h @ w.T, targets, CAP),
+                  [h, w], grad, dtype, exact=lambda h, w: exact_cross_entropy(h @ w.T, targets))
+
+
+@kernels
 def test_softcap_cross_entropy_shows_nan():
     z = torch.zeros(2, 50, device=DEVICE)
     z[1, 3] = torch.nan
@@ -277,13 +288,13 @@ def test_xsa_gate(N, H, K, D, window, xsa, gated, dtype):
 
 def operator_samples():
     dtype = HALF[0]
-    z, dlosses, x, up, down, pre = (
-        t.to(DEVICE) for t in seeded(3, (6, 40), (6,), (20, 16), (32, 16), (16, 32), (20, 32)))
-    targets, norm = torch.arange(6, device=DEVICE), torch.zeros(6, 2, device=DEVICE)
+    z, x, up, down, pre = (
+        t.to(DEVICE) for t in seeded(3, (6, 40), (20, 16), (32, 16), (16, 32), (20, 32)))
+    targets = torch.arange(6, device=DEVICE)
     x, up, down, pre = (t.to(dtype) for t in (x, up, down, pre))
     leaf = [t.clone().requires_grad_() for t in (z, x, up, down)]
     yield train_gpt.softcap_ce, (leaf[0], targets, CAP)
-    yield train_gpt.softcap_ce_backward, (dlosses, z, targets, norm, CAP)
+    yield train_gpt.linear_softcap_ce, (leaf[1][:6], leaf[2], targets, CAP)
     yield train_gpt.leaky_mlp_forward, (*leaf[1:], SLOPE)
     yield train_gpt.leaky_mlp_dpre, (x, down, pre, SLOPE)
     a, m, skip, x0, da = (t.to(DEVICE, dtype) for t in seeded(6, *[(9, 16)] * 5))
