@@ -1019,7 +1019,8 @@ def _qk_forward(raw_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, N, T, positions, eps,
     sin = tl.load(angle + positions * R2, mask=turns, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     factor *= tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-    dtype, rest = q_ptr.dtype.element_ty, here & (cols >= 2 * R2) & (cols < D)
+    rest = here & (cols >= 2 * R2) & (cols < D)
+    dtype = q_ptr.dtype.element_ty
     y, y1 = (x * factor).to(dtype), ((x1 * cos + x2 * sin) * factor).to(dtype)
     y2 = ((x2 * cos - x1 * sin) * factor).to(dtype)
     q_at = q_ptr + (row.to(tl.int64) * H + head) * D
@@ -1072,7 +1073,8 @@ def _qk_backward(dq_ptr, dk_ptr, dv_ptr, raw_ptr, gain_ptr, rope_ptr, dx_ptr, dg
         along = tl.sum(tl.where(cols >= 2 * R2, x * g, 0.0), 1) + tl.sum(x1 * t1 + x2 * t2, 1)
         along = along[:, None] * rstd
         dgain += along
-        back, factor, dtype = rstd * along / D, rstd * gain, dx_ptr.dtype.element_ty
+        back, factor = rstd * along / D, rstd * gain
+        dtype = dx_ptr.dtype.element_ty
         dx = tl.where(is_v, g, (g - x * back) * factor)
         rest = is_v | ((is_q | is_k) & (cols >= 2 * R2))
         tl.store(dx_at + cols, dx.to(dtype), mask=rest & wide)
