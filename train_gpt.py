@@ -802,6 +802,8 @@ def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, 
 
 
 # With g = dn * scale and h = n / scale: du = rstd (g - h mean(h g)), and what came for u itself.
+# u = mix0 (keep a + join weight skip) + mix1 x0, where keep = sigmoid(gate) and join = 1 - keep, or
+# both 1: every parameter's gradient follows from the sums of a du, x0 du and skip du.
 @jit
 def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_ptr, skip_ptr,
                        lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d,
@@ -810,18 +812,20 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
                        BLOCK: tl.constexpr, STAGES: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     wide = cols < d
+    to_a = 1.0
     if MIX:
         mix0 = tl.load(mix_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
-        mix1 = tl.load(mix_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
-        dmix0 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        dmix1 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        to_x0 = tl.load(mix_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        to_a = mix0
+        sum_a = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        sum_x0 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     if SKIP:
-        weight = tl.load(lerp_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
-        dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    if SKIP == 2:
-        gate = tl.load(lerp_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(gate)[None, :]
-        dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        to_skip = mix0 * tl.load(lerp_ptr + cols, mask=wide, other=0.0).to(tl.float32)[None, :]
+        if SKIP == 2:
+            gate = tl.load(lerp_ptr + d + cols, mask=wide, other=0.0).to(tl.float32)
+            to_a *= tl.sigmoid(gate)[None, :]
+            to_skip *= tl.sigmoid(-gate)[None, :]
+        sum_skip = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0),
                          num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)
@@ -835,42 +839,26 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
         g *= scale
         h = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32) / scale
         rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
-        dv = rstd[:, None] * (g - h * (tl.sum(h * g, 1) / d)[:, None])
+        du = rstd[:, None] * (g - h * (tl.sum(h * g, 1) / d)[:, None])
         if DU:
-            dv += tl.load(du_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            du += tl.load(du_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if MIX:
-            a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            du, dv = dv, mix0 * dv
-            tl.store(dx0_ptr + at, (mix1 * du).to(dx0_ptr.dtype.element_ty), mask=inside)
-            if SKIP:
-                skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if SKIP == 2:
-                behind = a - weight * skip
-                a = weight * skip + gate * behind
-                dgate += dv * behind
-                dskip = dv - gate * dv
-                dv *= gate
-            elif SKIP:
-                a += weight * skip
-                dskip = dv
-            if SKIP:
-                dweight += skip * dskip
-                tl.store(dskip_ptr + at, (weight * dskip).to(dskip_ptr.dtype.element_ty),
-                         mask=inside)
-            dmix0 += a * du
-            dmix1 += x0 * du
+            sum_a += du * tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_x0 += du * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + at, (to_x0 * du).to(dx0_ptr.dtype.element_ty), mask=inside)
+        if SKIP:
+            sum_skip += du * tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dskip_ptr + at, (to_skip * du).to(dskip_ptr.dtype.element_ty), mask=inside)
+        dv = to_a * du
         if DA:
             dv += tl.load(da_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-    at = sums_ptr + tl.program_id(0) * 4 * d + cols
+    at = sums_ptr + tl.program_id(0) * 3 * d + cols
     if MIX:
-        tl.store(at, tl.sum(dmix0, 0), mask=wide)
-        tl.store(at + d, tl.sum(dmix1, 0), mask=wide)
+        tl.store(at, tl.sum(sum_a, 0), mask=wide)
+        tl.store(at + d, tl.sum(sum_x0, 0), mask=wide)
     if SKIP:
-        tl.store(at + 2 * d, tl.sum(dweight, 0), mask=wide)
-    if SKIP == 2:
-        tl.store(at + 3 * d, tl.sum(dgate * (gate * (1.0 - gate)), 0), mask=wide)
+        tl.store(at + 2 * d, tl.sum(sum_skip, 0), mask=wide)
 
 
 LOOP_STAGES = 2  # tiles in flight in the loops of the backward kernels
@@ -919,7 +907,7 @@ def _mix_norm_grads(da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, scale)
     N, d = n.shape
     return (n.new_empty(N, d), n.new_empty(0 if skip is None else N, d),
             n.new_empty(0 if mix is None else N, d),
-            n.new_empty(_programs(n, triton.cdiv(N, _tile(d, 2048)["ROWS"])), 4, d,
+            n.new_empty(_programs(n, triton.cdiv(N, _tile(d, 2048)["ROWS"])), 3, d,
                         dtype=torch.float32))
 
 
@@ -928,7 +916,7 @@ def mix_norm_backward(da: Tensor | None, du: Tensor | None, dn: Tensor, dwindow:
                       a: Tensor | None, n: Tensor, rstd: Tensor, skip: Tensor | None,
                       lerp: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float
                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(da and dm in one, dskip, dx0, sums [programs, 4, d] for dmix and dlerp)."""
+    """(da and dm in one, dskip, dx0, sums [programs, 3, d] of a du, x0 du and skip du)."""
     given = da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix
     outputs, (N, d) = _mix_norm_grads(*given, scale), n.shape
     if N:
@@ -956,11 +944,17 @@ def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
     da, du = da if ctx.added else None, None if mix is None else du  # those outputs were empty
     da, dskip, dx0, sums = mix_norm_backward(
         da, du, dn, dwindow, kept, n, rstd, skip, lerp, x0, mix, ctx.scale)
-    sums = None if mix is None else sums.sum(0)
-    return (da, da if ctx.added else None, None if skip is None else dskip,
-            None if skip is None else sums[2 : 2 + len(lerp)].to(lerp.dtype),
-            None if mix is None else dx0, None if mix is None else sums[:2].to(mix.dtype),
-            None, None)
+    grads = [da, da if ctx.added else None, None, None, None, None, None, None]
+    if mix is not None:
+        of_a, of_x0, of_skip = sums.sum(0)
+        if skip is not None:
+            weight, *gate = lerp.float()
+            keep, join = (gate[0].sigmoid(), (-gate[0]).sigmoid()) if gate else (1.0, 1.0)
+            dlerp = mix[0] * join * of_skip, mix[0] * keep * join * (of_a - weight * of_skip)
+            grads[2:4] = dskip, torch.stack(dlerp[: len(lerp)]).to(lerp.dtype)
+            of_a = keep * of_a + join * weight * of_skip
+        grads[4:6] = dx0, torch.stack((of_a, of_x0)).to(mix.dtype)
+    return tuple(grads)
 
 
 mix_norm_forward.register_autograd(_mix_norm_grad, setup_context=_mix_norm_save)
