@@ -1176,16 +1176,21 @@ def xsa_gate_ref(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | Non
 
 # A tile is [rows x key heads, query heads of one group, D]; padded to powers of two.
 @jit
-def _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP: tl.constexpr,
-               WINDOW: tl.constexpr):
-    """sigmoid(scale near . gate) [ROWS, GROUP], near [ROWS, 1, WINDOW], gate [ROWS, GROUP, ...]."""
+def _near(near_ptr, row, N, window, WINDOW: tl.constexpr):
+    """near [ROWS, 1, WINDOW] in float32."""
+    row, cols = row[:, None, None], tl.arange(0, WINDOW)[None, None, :]
+    inside = (row < N) & (cols < window)
+    return tl.load(near_ptr + row * window + cols, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _gate(gate_ptr, kv, K, G, window, GROUP: tl.constexpr, WINDOW: tl.constexpr):
+    """The gate's weights [ROWS, GROUP, WINDOW] in float32."""
     group, cols = tl.arange(0, GROUP)[None, :, None], tl.arange(0, WINDOW)[None, None, :]
-    row, kv = row[:, None, None], kv[:, None, None]
-    near = tl.load(near_ptr + row * window + cols, mask=(row < N) & (cols < window), other=0.0)
-    gate = tl.load(gate_ptr + (kv * G + group) * window + cols,
-                   mask=(kv < K) & (group < G) & (cols < window), other=0.0)
-    near, gate = near.to(tl.float32), gate.to(tl.float32)
-    return tl.sigmoid(scale * tl.sum(near * gate, 2)), near, gate
+    kv = kv[:, None, None]
+    inside = (kv < K) & (group < G) & (cols < window)
+    at = gate_ptr + (kv * G + group) * window + cols
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -1204,9 +1209,9 @@ def _xsa_gate_forward(y_ptr, v_ptr, near_ptr, gate_ptr, out_ptr, N, scale, K, G,
         v /= tl.maximum(tl.sqrt(tl.sum(v * v, 2)), 1e-12)[:, :, None]
         y -= tl.sum(y * v, 2)[:, :, None] * v
     if GATE:
-        s, _near, _gate = _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP,
-                                     WINDOW)
-        y *= s[:, :, None]
+        logit = tl.sum(_near(near_ptr, row, N, window, WINDOW)
+                       * _gate(gate_ptr, kv, K, G, window, GROUP, WINDOW), 2)
+        y *= tl.sigmoid(scale * logit)[:, :, None]
     tl.store(out_ptr + y_at, y.to(out_ptr.dtype.element_ty), mask=seen)
 
 
@@ -1219,13 +1224,17 @@ def _xsa_gate_backward(dout_ptr, y_ptr, v_ptr, near_ptr, gate_ptr, dy_ptr, dv_pt
                        BLOCK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr):
     lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
     kv, group = lane % HEADS, tl.arange(0, GROUP)[None, :, None]
-    dgate = tl.zeros((ROWS, GROUP, WINDOW), dtype=tl.float32)
+    if GATE:
+        gate = _gate(gate_ptr, kv, K, G, window, GROUP, WINDOW)
+        dgate = tl.zeros((ROWS, GROUP, WINDOW), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0),
                          num_stages=STAGES):
         row = tile * (ROWS // HEADS) + lane // HEADS
         inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
         at = (row.to(tl.int64) * K + kv)[:, None, None]
         y_at, seen = (at * G + group) * D + cols, inside & (group < G)
+        if GATE:
+            near = _near(near_ptr, row, N, window, WINDOW)
         dy = tl.load(dout_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
         dot = tl.sum(dy * y, 2)
@@ -1236,11 +1245,11 @@ def _xsa_gate_backward(dout_ptr, y_ptr, v_ptr, near_ptr, gate_ptr, dy_ptr, dv_pt
             p, q = tl.sum(y * e, 2), tl.sum(dy * e, 2)
             dot -= p * q
         if GATE:
-            s, near, gate = _gate_tile(near_ptr, gate_ptr, row, kv, N, scale, K, G, window, GROUP,
-                                       WINDOW)
+            s = tl.sigmoid(scale * tl.sum(near * gate, 2))
             dlogit = (dot * s * (1.0 - s) * scale)[:, :, None]
             dgate += dlogit * near
-            part = tl.sum(tl.reshape(tl.sum(dlogit * gate, 1), (ROWS // HEADS, HEADS, WINDOW)), 1)
+            part = tl.reshape(dlogit * gate, (ROWS // HEADS, HEADS * GROUP, WINDOW))
+            part = tl.sum(part, 1)
             token = (tile * (ROWS // HEADS) + tl.arange(0, ROWS // HEADS))[:, None]
             near_cols = tl.arange(0, WINDOW)[None, :]
             tl.store(dnear_ptr + token * window + near_cols, part.to(dnear_ptr.dtype.element_ty),
