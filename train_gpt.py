@@ -1665,6 +1665,7 @@ class GPT(nn.Module):
         x0 = rms(x).flatten(0, 1)  # [N, d] from here on
         a, m, b = x0, None, None  # the state is a + m; b the second lane, while there is one
         stack, push = [], False
+        show = observe and (lambda name, x: observe(name, x.unflatten(0, (B, T))))
         for step in self.plans[looped]:
             block, (qkv, out, up, down) = self.blocks[step.layer], weights[step.layer]
             scale = 1 / math.sqrt(step.layer + 1) if cfg.ln_scale else 1.0
@@ -1673,9 +1674,7 @@ class GPT(nn.Module):
                 if push:
                     stack.append(a)
                 push, b = False, a if step.lanes and b is None else b
-            skip = lerp = None
-            if step.skip is not None:
-                skip, lerp = stack.pop(), skips[step.skip]
+            skip, lerp = (None, None) if step.skip is None else (stack.pop(), skips[step.skip])
             if step.lanes and skip is not None:
                 a, skip = mix_skip(a, skip, lerp), None
             a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale,
@@ -1683,13 +1682,13 @@ class GPT(nn.Module):
             if push:
                 stack.append(a)
             push = step.push
-            y = self.attention(step, n, near, qkv, out, segments, T, lora, observe)
+            y = self.attention(step, n, near, qkv, out, segments, T, lora, show)
             if b is None:
                 a, _, n, _ = mix_norm(u, y, scale=scale)
-                m = self.mlp(step, n, up, down, lora, observe)
+                m = self.mlp(step, n, up, down, lora, show)
             else:
                 n = mix_norm(b, scale=scale)[2]
-                m = self.mlp(step, n, up, down, lora, observe)
+                m = self.mlp(step, n, up, down, lora, show)
                 (a, b), m = self.mix_lanes(step.layer, a, b, y, m), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
@@ -1747,9 +1746,7 @@ class GPT(nn.Module):
             observe(f"attn.{step.layer}", n)
             observe(f"attn_out.{step.layer}", y)
         y = F.linear(y, out)
-        if lora is not None:
-            y = y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
-        return y
+        return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
 
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
@@ -1758,10 +1755,8 @@ class GPT(nn.Module):
             observe(f"mlp.{step.layer}", n)
             hidden = F.leaky_relu(F.linear(n, up), LEAKY_SLOPE).square()
             observe(f"mlp_hidden.{step.layer}", hidden)
-        y = leaky_mlp(n, up, down, LEAKY_SLOPE)
-        if lora is not None:
-            y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
-        return y
+        y, scale = leaky_mlp(n, up, down, LEAKY_SLOPE), self.blocks[step.layer].mlp_scale
+        return y if lora is None else y + scale.to(y.dtype) * lora("mlp", step.slot, n)
 
 
 def rotary_table(cfg: Config) -> Tensor:

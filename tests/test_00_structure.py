@@ -16,20 +16,20 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 2,920.
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,101.
 SECTIONS = {
-    0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 299),
+    0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 480),
     4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 207),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
     11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
     15: ("Main", 142),
 }
-MOST_LINES = 2920
+MOST_LINES = 3101
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
-    "banks", "norm", "add_skip", "mix_lanes", "update", "load_train", "row", "decode_gptq",
+    "mix_lanes", "update", "load_train", "row", "decode_gptq",
     "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
     "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }
