@@ -1586,16 +1586,44 @@ def load_train(cfg: Config, rt: Runtime) -> TrainRows:
     return TrainRows(stream, cfg, rt)
 
 
-def check_tokenizer(cfg: Config) -> None:
-    """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash in the manifest."""
-    manifest_path = data_folder(cfg) / "manifest.json"
+def check_data(cfg: Config) -> str:
+    """The data's identity, for the log. Raises where its manifest says that this run cannot be
+    right: documents on both sides of the split, another validation file, another vocabulary."""
+    path = data_folder(cfg) / "manifest.json"
+    if not path.is_file():
+        check_tokenizer(cfg, path, {})
+        return (f"data: {path.parent}, no manifest: nothing says that the split is clean; see "
+                "prepare_caseops_data.py --audit")
     try:
-        manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-        told = dict(manifest.get("tokenizer", {}))
+        manifest = json.loads(path.read_text())
+        # Other tools' manifests have other contents: what is not told cannot be checked.
+        told, split, files, totals = (
+            part if isinstance(part := manifest.get(key), dict) else {}
+            for key in ("tokenizer", "split", "files", "totals"))
+        ends = int(split.get("val_end_document", 0)), split.get("train_first_document", math.inf)
+        overlap = bool(split.get("overlap")) or ends[0] > ends[1]
     except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{manifest_path}: not a manifest; prepare the data again") from None
+        raise UserError(f"{path}: not a manifest; prepare the data again") from None
+    check_tokenizer(cfg, path, told)
+    if overlap and not cfg.ttt_eval_only:
+        raise UserError(f"{path}: validation documents are also training documents (val up to "
+                        f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
+    for name, entry in files.items():
+        file, digest = path.parent / name, entry.get("sha256") if isinstance(entry, dict) else None
+        if (digest and "_val_" in name and file.is_file()
+                and hashlib.sha256(file.read_bytes()).hexdigest() != digest):
+            raise UserError(f"{file}: not the file that {path.name} was written with, so training "
+                            "may hold its documents; prepare the data again, or see --audit of "
+                            "prepare_caseops_data.py")
+    return (f"data: {path.parent} manifest sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} "
+            f"{json.dumps(totals)} training documents equal to a validation document: "
+            f"{split.get('train_documents_equal_to_validation', 'not known')}")
+
+
+def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
+    """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash that is `told`."""
     if told.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise UserError(f"{manifest_path}: made with a vocabulary of {told['vocab_size']}, but "
+        raise UserError(f"{manifest}: made with a vocabulary of {told['vocab_size']}, but "
                         f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={told['vocab_size']}")
     if not cfg.tokenizer_path:
         return
@@ -1612,7 +1640,7 @@ def check_tokenizer(cfg: Config) -> None:
         raise UserError(f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if told.get("sha256", digest) != digest:
-        raise UserError(f"{path}: not the tokenizer that made {manifest_path.parent}: its sha256 "
+        raise UserError(f"{path}: not the tokenizer that made {manifest.parent}: its sha256 "
                         f"is {digest[:16]}..., the manifest says {told['sha256'][:16]}...")
 
 
@@ -2708,9 +2736,10 @@ def run(environ: Mapping[str, str]) -> None:
     rt.open_log(Path(cfg.artifact_dir or "logs") / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
-    check_tokenizer(cfg)
+    identity = check_data(cfg)
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
     log_header(cfg, rt, attention)
+    rt.log(identity)
     model = make_model(cfg, rt, attention)
     forwards = make_forwards(model, cfg, rt)
     if not cfg.ttt_eval_only:
