@@ -23,7 +23,7 @@ SECTIONS = {
     4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 242),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
     11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
-    15: ("Main", 142),
+    15: ("Main", 143),
 }
 MOST_LINES = 3300
 LONGEST_FUNCTION = 65
@@ -86,7 +86,8 @@ def test_line_ceilings():
     assert len(LINES) <= MOST_LINES
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]),
+@pytest.mark.parametrize("path", sorted(
+    [path for part in ("*.py", "caseops/*.py", "bench/*.py", "tests/*.py") for path in ROOT.glob(part)]),
                          ids=lambda path: path.name)
 def test_lines_are_at_most_100_columns(path):
     long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
