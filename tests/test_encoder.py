@@ -170,7 +170,8 @@ def test_a_piece_of_letters_and_others_keeps_words_whole():
     prose = [" ".join(random.Random(i).choices(words, k=60)) for i in range(200)]
     encoder = encoding.Encoder(encoding.train_tokenizer(documents(prose), 300, 10**9))
     assert any("\u212ae" in encoder.sp.id_to_piece(i) for i in range(encoder.size))
-    assert differing(encoder, [*prose, "\u212aelvin \u212ael vin2\u212ae", *fuzz(300, 14)]) == []
+    curious = [text.replace("\u2581", "") for text in fuzz(300, 14)]
+    assert differing(encoder, [*prose, "\u212aelvin \u212ael vin2\u212ae", *curious]) == []
 
 
 def test_without_the_compiler_the_slow_path_serves(monkeypatch, published):
