@@ -1270,7 +1270,10 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         A = x @ x.mT
-        x = a * x + (b * A + c * (A @ A)) @ x
+        if x.is_cuda and x.ndim == 3:  # the same in 3 launches instead of 8, and rounded less often
+            x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+        else:
+            x = a * x + (b * A + c * (A @ A)) @ x
     return x.mT if tall else x
 
 
@@ -1319,7 +1322,7 @@ class Optimisers:
         """One update from the .grad of all parameters, which it clears; returns the global norm."""
         grads, small = self.reduce_gradients()
         squares = self.square_norms(grads)
-        norm = torch.cat([*squares, *(g.square().sum()[None] for g in small)]).sum().sqrt()
+        norm = torch.cat([*squares, torch.stack(torch._foreach_norm(small)).square()]).sum().sqrt()
         if self.cfg.grad_clip_norm:
             clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads + small, clip)
@@ -1373,8 +1376,8 @@ class Optimisers:
         cfg, pending = self.cfg, []
         torch._foreach_mul_(self.momenta, momentum)
         torch._foreach_add_(self.momenta, grads)
-        for g, m, p in zip(grads, self.momenta, self.banks, strict=True):
-            update = g + momentum * m
+        updates = torch._foreach_add(grads, self.momenta, alpha=momentum)
+        for update, p in zip(updates, self.banks, strict=True):
             if cfg.muon_row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             update = orthogonalise(update, cfg.muon_backend_steps)
@@ -1389,7 +1392,7 @@ class Optimisers:
             if wait:
                 wait.wait()
             scale = math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))
-            p.mul_(1 - lr * cfg.muon_wd).sub_(update[: p.shape[0]].float(), alpha=lr * scale)
+            p.mul_(1 - lr * cfg.muon_wd).sub_(update[: p.shape[0]], alpha=lr * scale)
 
 
 class Ema:

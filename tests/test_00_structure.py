@@ -20,7 +20,7 @@ RULE = "# " + "=" * 98
 # lines of the record's program.
 SECTIONS = {
     0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 299),
-    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 242),
+    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 198), 7: ("Data", 242),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
     11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
     15: ("Main", 143),
