@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import heapq
 import importlib
 import importlib.util
 import inspect
@@ -184,6 +185,7 @@ class Config:
     ttt_chunk_size: int = setting(48, "targets scored between two updates", 1)
     ttt_batch_size: int = setting(64, "documents in a batch", 1)
     ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
+    ttt_stream: bool = setting(False, "run a chunk once, on kept keys and values of earlier ones")
     phased_ttt_prefix_docs: int = setting(2500, "documents of the global phases; 0: no phase", 0)
     phased_ttt_num_phases: int = setting(3, "global phases", 1)
     global_ttt_lr: float = setting(1e-3, "SGD's learning rate in a global phase", 0)
@@ -801,6 +803,43 @@ class Segments:
         return [(len(list(run)), length) for length, run in lengths]
 
 
+class Past:
+    """Keys and values of the earlier chunks of B documents that are read in step, C tokens at once.
+
+    kv [pass, 2, B, K, ring, D] holds the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they were when
+    they ran: no gradient enters them. Keys are rotated by their position in the document; products
+    see differences only, so the context slides along a document of any length, and in the ring the
+    order does not matter. After `seek` one forward runs the next chunk and stores what it adds."""
+
+    def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.C = cfg, cfg.ttt_chunk_size
+        self.ring = (cfg.ttt_eval_seq_len // self.C - 1) * self.C
+        shape = num_passes(cfg), 2, B, cfg.num_kv_heads, self.ring, cfg.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+    def seek(self, chunk: Tensor, rows: slice, reach: int) -> None:
+        """Chunk number `chunk` (on the device) of documents `rows` is next; `reach`, at most the
+        ring, is at least the tokens that are stored. Shapes depend on rows and reach alone."""
+        new = torch.arange(self.C, device=chunk.device)
+        at = chunk * self.C + new
+        self.rows, self.reach, self.place = rows, reach, at % max(self.ring, 1)
+        self.rope = rotation(at, self.cfg)
+        stored = torch.arange(reach, device=chunk.device) < chunk * self.C
+        seen = torch.cat((stored.expand(self.C, -1), new[:, None] >= new), dim=1)
+        self.mask = seen.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
+
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, C, H, D], k and v [b, C, K, D] -> y [b, C, H, D]; then k and v are stored."""
+        groups, new = k.shape[2], torch.stack((k, v)).transpose(2, 3)  # [2, b, K, C, D]
+        kv = self.kv[slot, :, self.rows]
+        k, v = torch.cat((kv[..., : self.reach, :], new), dim=3)
+        if self.ring:
+            kv.index_copy_(3, self.place, new.detach())
+        q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [b, K, H/K C, D]
+        y = F.scaled_dot_product_attention(q, k, v, self.mask)
+        return y.unflatten(2, (-1, self.C)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The definition, over the full N x N matrix."""
     N, H, D = q.shape
@@ -986,8 +1025,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model, with ONE forward for training, evaluation, calibration and test-time training.
 
-    Two objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
-    document, `observe(name, x)` sees the input x of every matrix (calibration). The state dict is
+    Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
+    document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
+    before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
     #1855's: matrices in banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden], all stored
     [out, in]; masters are float32 and are cast once a forward to `dtype`.
     """
@@ -1031,15 +1071,16 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         at: Tensor | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
         With `at` [B, C] (positions) only those targets are scored: targets and result [B, C]."""
-        h = self.hidden(ids, segments, looped, lora)
+        h = self.hidden(ids, segments, looped, lora, past=past)
         if at is not None:
             h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
         z = self.head(h, lora)
@@ -1055,19 +1096,21 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         observe: Callable[[str, Tensor], None] | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, n = self.cfg, self.cfg.num_layers
         banks = [b.to(self.dtype).unbind() for b in self.banks()]  # one cast, one gradient a bank
-        cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype)
+        rope = self.rope[:, : ids.shape[1]] if past is None else past.rope
+        cos, sin = rope.to(self.dtype)
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
-        a = x0 = rms(x)
+        a = x0 = rms(x if past is None else x[:, 1:])
         b, stack = None, []  # a, b: the two lanes; b is None while there is one
         for step in self.plans[looped]:
             i = step.layer
@@ -1079,7 +1122,8 @@ class GPT(nn.Module):
             mix = block.resid_mix.to(self.dtype)
             u = mix[0] * a + mix[1] * x0
             qkvo = (banks[0][i], banks[1][i], banks[1][n + i], banks[0][n + i])
-            y = self.attention(step, self.norm(u, i), qkvo, (cos, sin), segments, lora, observe)
+            y = self.attention(step, self.norm(u, i), qkvo, (cos, sin), past or segments, lora,
+                               observe)
             y = block.attn_scale.to(self.dtype) * y
             v = u = u + y if b is None else u
             v = self.norm(u if b is None else b, i)
@@ -1123,8 +1167,9 @@ class GPT(nn.Module):
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
 
-    def attention(self, step: Pass, n: Tensor, qkvo: tuple, rope: tuple, segments: "Segments",
-                  lora: "Lora | None", observe: Callable | None) -> Tensor:
+    def attention(self, step: Pass, n: Tensor, qkvo: tuple, rope: tuple,
+                  segments: "Segments | Past", lora: "Lora | None",
+                  observe: Callable | None) -> Tensor:
         """Grouped-query attention with XSA and the sparse gate: n [B, T, d] -> [B, T, d]."""
         cfg, block, D = self.cfg, self.blocks[step.layer].attn, self.cfg.head_dim
         q, k, v = (F.linear(n, w) for w in qkvo[:3])
@@ -1133,7 +1178,10 @@ class GPT(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)) for y in (q, k, v))  # [B, T, H or K, D]
         q = rotate(rms(q), *rope) * block.q_gain.to(q.dtype)[:, None]
         k = rotate(rms(k), *rope)
-        y = self.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), segments).view_as(q)
+        if isinstance(segments, Past):
+            y = segments.attend(step.slot, q, k, v)
+        else:
+            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
         if step.layer >= cfg.num_layers - cfg.xsa_last_n:
             y = y.unflatten(2, (cfg.num_kv_heads, -1))  # [B, T, K, H/K, D]
             axis = F.normalize(v, dim=-1)[:, :, :, None]
@@ -1160,14 +1208,19 @@ class GPT(nn.Module):
 
 
 def rotary_table(cfg: Config) -> Tensor:
-    """cos and sin of position * base^(-2j/R), [2, positions, R/2], in float64 before rounding."""
-    dims = cfg.rope_dims or cfg.head_dim
+    """The rotation of every position that a packed row or a window can have."""
     longest = max(
         cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
         cfg.global_ttt_batch_seqs * cfg.eval_seq_len,
     )
-    rate = cfg.rope_base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = torch.arange(longest, dtype=torch.float64)[:, None] * rate
+    return rotation(torch.arange(longest), cfg)
+
+
+def rotation(at: Tensor, cfg: Config) -> Tensor:
+    """cos and sin of position * base^(-2j/R): at [T] -> [2, T, R/2], float64 before rounding."""
+    dims = cfg.rope_dims or cfg.head_dim
+    pair = torch.arange(0, dims, 2, dtype=torch.float64, device=at.device)
+    angle = at[:, None] * cfg.rope_base ** (-pair / dims)
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
@@ -2268,22 +2321,27 @@ class Adapter:
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
+            capturable=rt.device.type == "cuda",
         )
 
-    def reset(self) -> None:
-        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says."""
-        self.lora.reset(warm=self.cfg.ttt_warm_start_a)
-        self.optimiser.state.clear()
+    def reset(self, anew: bool = False) -> None:
+        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says unless all
+        is to be as new. In place: recorded graphs know the addresses."""
+        self.lora.reset(warm=self.cfg.ttt_warm_start_a and not anew)
+        for moments in self.optimiser.state.values():
+            for x in moments.values():
+                x.zero_()
+
+    def losses(self, window: Window) -> Tensor:
+        """Of every target of the window [b, C], by one forward over the whole of it."""
+        segments = Segments.batch(*window.ids.shape, window.ids.device)
+        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at)
 
     def score(self, window: Window, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
         self.lora.rows = window.rows
         with torch.set_grad_enabled(window.updates):
-            B, T = window.ids.shape
-            segments = Segments.batch(B, T, window.ids.device)
-            losses = self.forward(
-                window.ids, window.targets, segments, True, self.lora, window.at
-            )
+            losses = self.losses(window)
         meter.add(losses, window.sizes, window.mask)
         return Scored(losses, window)
 
@@ -2297,9 +2355,84 @@ class Adapter:
         self.optimiser.zero_grad(set_to_none=True)
 
 
+class Streamed(Adapter):
+    """Runs every token once (TTT_STREAM): earlier chunks are kept keys and values, see Past.
+
+    The plain adapter runs a document of n tokens through about n^2 / 2C of them; here n. What
+    differs between chunks lies in tensors that stay where they are, so that on CUDA a chunk (score,
+    gradient, step) is recorded once a shape as a graph and replayed: nothing is compiled, and no
+    kernel waits for the host. Documents that have ended leave when half of the rows can go."""
+
+    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
+        super().__init__(forward, cfg, rt, batch, init)
+        self.past = Past(cfg, batch, rt.device, rt.dtype)
+        self.seen, self.graphs, self.pool = set(), {}, None
+        self.chunk, self.counts, self.ids, self.sizes = (
+            torch.zeros(shape, dtype=torch.int64, device=rt.device)
+            for shape in ((), batch, (batch, cfg.ttt_chunk_size + 2), (batch, cfg.ttt_chunk_size)))
+
+    def losses(self, window: Window) -> Tensor:
+        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
+
+    def run(self, rows: slice, reach: int, updates: bool, meter: Meter) -> None:
+        """The chunk that lies in self.chunk, .ids, .sizes: scored, then learnt from."""
+        self.past.seek(self.chunk, rows, reach)
+        ids, C = self.ids[rows], self.cfg.ttt_chunk_size
+        left = self.counts[rows] - self.chunk * C  # [b] targets from this chunk on
+        mask = left[:, None] > torch.arange(C, device=ids.device)
+        window = Window(rows, ids[:, :-1], None, ids[:, 2:], self.sizes[rows], mask,
+                        (left > C).float(), updates, 0)
+        scored = self.score(window, meter)
+        if updates:
+            self.learn(scored)
+            self.step()
+
+    def replay(self, *call: Any) -> None:
+        """`run`: the first time of a shape at once, the second time recorded, then replayed."""
+        if call in self.graphs:
+            self.graphs[call].replay()
+        elif call not in self.seen or self.rt.device.type != "cuda" or not self.cfg.compile:
+            self.seen.add(call)
+            self.run(slice(call[0], None), *call[1:])
+        else:
+            self.graphs[call] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.run(slice(call[0], None), *call[1:])
+            self.pool = graph.pool()
+            graph.replay()
+
+
+def stream_batch(adapter: Streamed, batch: list[Document], val: ValSet, meter: Meter,
+                 advance: Callable[[int], None]) -> None:
+    """score_batch for an adapter that runs every token once."""
+    C, ring, device = adapter.past.C, adapter.past.ring, adapter.rt.device
+    counts = np.array([doc.targets for doc in batch])
+    chunks = -(-int(counts[-1]) // C)
+    text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
+    for b, doc in enumerate(batch):
+        for x, source in zip(text, val, strict=True):
+            x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
+    ids, sizes = torch.from_numpy(text).to(device)
+    adapter.counts.copy_(torch.from_numpy(counts))
+    step = max(1, ring // C // 5) * C if device.type == "cuda" else C  # few shapes for a GPU
+    for chunk in range(chunks):
+        at, rows = chunk * C, len(batch)
+        adapter.chunk.fill_(chunk)
+        adapter.ids.copy_(ids[:, at : at + C + 2])
+        adapter.sizes.copy_(sizes[:, at + 2 : at + C + 2])
+        while rows // 2 >= (counts > at).sum():
+            rows //= 2
+        reach = min(ring, -(-at // step) * step)
+        adapter.replay(len(batch) - rows, reach, chunk + 1 < chunks, meter)
+        advance(int((counts - at).clip(0, C).sum()))
+
+
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are learnt from."""
+    if isinstance(adapter, Streamed):
+        stream_batch(adapter, batch, val, meter, advance)
+        return
     size = adapter.cfg.ttt_chunk_size
     for chunk in range(-(-batch[-1].targets // size)):
         learnt = False
@@ -2311,6 +2444,51 @@ def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Met
             advance(window.count)
         if learnt:
             adapter.step()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients pass through the base weights and none of the weights' own is computed."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
+
+
+def planned_cost(batch: list[Document], cfg: Config) -> int:
+    """Tokens that a batch runs through the model, up to a factor: what its time is taken to be."""
+    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    chunks = [-(-doc.targets // C) for doc in batch]
+    if cfg.ttt_stream:  # in step: the longest document's chunks
+        return max(chunks)
+    short = [min(n, most) for n in chunks]  # windows grow by a chunk up to TTT_EVAL_SEQ_LEN
+    return sum(k * (k + 1) // 2 + (n - k) * most for k, n in zip(short, chunks, strict=True))
+
+
+def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
+         world: int) -> list[list[list[int]]]:
+    """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
+
+    A free rank takes the next batch, and a round ends where the batches completed hold the
+    boundary's documents (those begun are finished first): #1855's queue, played through with
+    planned costs instead of clocks, so that a run can be repeated."""
+    left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
+    while left:
+        hands = [[] for _ in range(world)]
+        free = [(0, rank, 0) for rank in range(world)]  # (when, who, documents completed then)
+        while left:
+            now, rank, count = heapq.heappop(free)
+            done += count
+            if count and limits and done >= limits[0]:
+                break
+            hands[rank].append(left.pop())
+            batch = batches[hands[rank][-1]]
+            heapq.heappush(free, (now + planned_cost(batch, cfg), rank, len(batch)))
+        done += sum(count for _, _, count in free)
+        limits = limits[1:]
+        rounds.append(hands)
+    return rounds
 
 
 class ScoreProgress:
@@ -2381,35 +2559,33 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
                  init: Callable | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
-    Batches are dealt to the ranks in turn, longest first: neighbours in length run side by side, so
-    that all ranks together idle less than one longest batch (#1855: a queue in a file, another
-    order every run). At a boundary all ranks have scored what the plan says and train on that.
-    """
+    At a boundary all ranks have scored what the plan says and train on that."""
     init = init or uniform_start(rt.generator(cfg.seed + rt.rank))
     documents = [Document(*d) for d in val.documents()]
     batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries, meter, adapter, done = phase_boundaries(cfg, len(documents)), Meter(rt), None, 0
-    mine = (doc.targets for batch in batches[::-1][rt.rank :: rt.world] for doc in batch)
-    advance = ScoreProgress(sum(mine), meter, rt)
-    for top in range(len(batches) - 1, -1, -rt.world):
-        numbers = range(top, max(top - rt.world, -1), -1)  # this round, longest first
-        done += sum(len(batches[number]) for number in numbers)
-        if rt.rank < len(numbers):
-            batch = batches[numbers[rt.rank]]
-            if len(batch) != cfg.ttt_batch_size:
-                used = Adapter(forwards.windows, cfg, rt, len(batch), init)
-            elif adapter is None:
-                used = adapter = Adapter(forwards.windows, cfg, rt, len(batch), init)
+    boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
+    rounds = deal(batches, boundaries, cfg, rt.world)
+    mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
+    advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
+    for hands in rounds:
+        for number in hands[rt.rank]:
+            batch = batches[number]
+            if adapter is None or len(batch) != cfg.ttt_batch_size:
+                used = make(forwards.windows, cfg, rt, len(batch), init)
+                adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
                 used.reset()
-            score_batch(used, batch, val, meter, advance)
-        if boundaries and done >= boundaries[0] and numbers[-1] > 0:
-            scored = [doc for batch in batches[numbers[-1] :] for doc in batch][: boundaries[0]]
+            with frozen(model):
+                score_batch(used, batch, val, meter, advance)
+        first = min(number for hand in hands for number in hand)
+        if first and boundaries:
+            scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
             steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
-            adapter = None  # adapters and their optimiser are made anew
+            if adapter:
+                adapter.reset(anew=True)
     advance.bar.close()
     return meter.result()
 
