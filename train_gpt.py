@@ -22,6 +22,7 @@ value heads, V vocabulary. Weights are stored [out, in].
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import heapq
 import importlib
@@ -1224,6 +1225,30 @@ def rotation(at: Tensor, cfg: Config) -> Tensor:
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
+class LowRank(torch.autograd.Function):
+    """scale x A^T B^T for x [b, T, in], A [b, r, in], B [b, out, r], in x's number type.
+
+    Written out for the gradients: those of A and B leave the products in their masters' type and
+    layout, without a pass over them for either."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        h = (x @ a.mT).mul_(scale)  # [b, T, r]
+        ctx.save_for_backward(x, a, b, h)
+        ctx.scale, ctx.master = scale, A.dtype
+        return h @ b.mT
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, a, b, h = ctx.saved_tensors
+        same = x.dtype == ctx.master
+        dh = (dy @ b).mul_(ctx.scale)
+        wide = {} if same or not x.is_cuda else {"out_dtype": ctx.master}
+        dA, dB = (torch.bmm(p.mT, q, **wide).to(ctx.master) for p, q in ((dh, x), (dy, h)))
+        return dh @ a, dA, dB, None
+
+
 class Lora(nn.Module):
     """Low-rank adapters, one set a document: delta = (alpha/r) x A^T B^T. idea: arXiv:2106.09685
 
@@ -1258,8 +1283,7 @@ class Lora(nn.Module):
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
-        a, b = self.A[key][self.rows].to(x.dtype), self.B[key][self.rows].to(x.dtype)
-        return (x @ a.mT) @ b.mT * self.scale
+        return LowRank.apply(x, self.A[key][self.rows], self.B[key][self.rows], self.scale)
 
 
 def uniform_start(generator: torch.Generator) -> Callable[[Tensor], None]:
@@ -2258,21 +2282,38 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
-WINDOW_TOKENS = 65536  # of one forward: bounds the memory; documents do not touch each other
+WINDOW_TOKENS = 131072  # of one forward: bounds the memory; documents do not touch each other
 
 
 class Window(NamedTuple):
     """One chunk of some documents of a batch, planned: what is read, what is scored, who trains."""
 
     rows: slice  # which documents of the batch
-    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end
-    at: Tensor  # [b, C] positions of the chunk's targets in the context
+    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end, or Past's [b, 1 + C]
+    at: Tensor  # [b, C] positions of the chunk's targets in the context, or the chunk's number
     targets: Tensor  # [b, C]
     sizes: Tensor  # [b, C] original bytes
     mask: Tensor  # [b, C] which targets exist
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
+    reach: int = 0  # tokens of Past that are looked at
+
+
+def shape_step(cfg: Config, device: torch.device) -> int:
+    """What widths are rounded up to: a GPU records every shape, and gets about five."""
+    chunks = cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    return max(1, chunks // 5) * cfg.ttt_chunk_size if device.type == "cuda" else 1
+
+
+def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.device) -> int:
+    """Documents that run: those with a target in the chunk, the batch's last; on a GPU up to twice
+    as many, the batch over a power of 2, for fewer shapes."""
+    need = int((counts > chunk * cfg.ttt_chunk_size).sum())
+    rows = len(counts) if device.type == "cuda" else need
+    while rows // 2 >= need:
+        rows //= 2
+    return rows
 
 
 def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
@@ -2280,28 +2321,56 @@ def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
     """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
 
     Batches rise in length, so the documents that reach the chunk are the last ones."""
-    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
-    first = next(i for i, doc in enumerate(batch) if doc.targets > chunk * C)
-    for row in range(first, len(batch), step):
+    rows = running_rows(np.array([doc.targets for doc in batch]), chunk, cfg, device)
+    for row in range(len(batch) - rows, len(batch), step):
         docs = batch[row : row + step]
         ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
         starts = [max(0, end - most) for end in ends]
         width = max(end - start for start, end in zip(starts, ends, strict=True))
+        width = min(-(-width // unit) * unit, most)
         ids = np.zeros((len(docs), width), np.int64)
         at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
         for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
-            begin, n = doc.begin + chunk * C, end - chunk * C
+            begin, n = doc.begin + chunk * C, max(0, end - chunk * C)
             ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-            at[b, :n] = np.arange(chunk * C - start, end - start)
+            at[b, :n] = np.arange(end - start - n, end - start)
             targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
             sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
             mask[b, :n] = 1
         trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
         arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-        tensors = (torch.from_numpy(x).to(device) for x in arrays)
-        rows = slice(row, row + len(docs))
-        yield Window(rows, *tensors, bool(trains.any()), int(mask.sum()))
+        tensors = (upload(x, device) for x in arrays)
+        where = slice(row, row + len(docs))
+        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()))
+
+
+def upload(x: np.ndarray, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what the device is doing."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
+                device: torch.device) -> Iterator[Window]:
+    """The same chunks for an adapter that runs every token once: one window each, in turn."""
+    C, unit = cfg.ttt_chunk_size, max(cfg.ttt_chunk_size, shape_step(cfg, device))
+    counts = np.array([doc.targets for doc in batch])
+    chunks = -(-int(counts[-1]) // C)
+    text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
+    for b, doc in enumerate(batch):
+        for x, source in zip(text, val, strict=True):
+            x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
+    (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
+    left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
+    for chunk in range(chunks):
+        at = chunk * C
+        rows = slice(len(batch) - running_rows(counts, chunk, cfg, device), len(batch))
+        new, late = slice(at + 2, at + C + 2), left[rows] - at
+        yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
+                     sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
+                     int((counts - at).clip(0, C).sum()), -(-at // unit) * unit)
 
 
 class Scored:
@@ -2317,7 +2386,7 @@ class Adapter:
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
         self.forward, self.cfg, self.rt = forward, cfg, rt
-        self.lora = Lora(cfg, batch, rt.device, init)
+        self.lora, self.graphs, self.pool = Lora(cfg, batch, rt.device, init), {}, None
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
@@ -2355,95 +2424,70 @@ class Adapter:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-class Streamed(Adapter):
-    """Runs every token once (TTT_STREAM): earlier chunks are kept keys and values, see Past.
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        """For every chunk of a batch its windows, usually one."""
+        for chunk in range(-(-batch[-1].targets // self.cfg.ttt_chunk_size)):
+            yield list(plan_windows(batch, chunk, val, self.cfg, self.rt.device))
 
-    The plain adapter runs a document of n tokens through about n^2 / 2C of them; here n. What
-    differs between chunks lies in tensors that stay where they are, so that on CUDA a chunk (score,
-    gradient, step) is recorded once a shape as a graph and replayed: nothing is compiled, and no
-    kernel waits for the host. Documents that have ended leave when half of the rows can go."""
+    def run(self, windows: list[Window], meter: Meter) -> None:
+        """A chunk: every window scored, then learnt from; then one step."""
+        for window in windows:
+            scored = self.score(window, meter)
+            if window.updates:
+                self.learn(scored)
+        if any(window.updates for window in windows):
+            self.step()
+
+    def replay(self, windows: list[Window], meter: Meter) -> None:
+        """`run`, on CUDA with COMPILE=1 as a graph: a shape runs at once when it is first met, is
+        recorded when it comes again, and replayed from then on. Nothing is compiled, and no kernel
+        waits for the host."""
+        window, *more = windows
+        key = meter, window.rows.start, window.ids.shape, window.updates, window.reach
+        if more or self.rt.device.type != "cuda" or not self.cfg.compile:
+            self.run(windows, meter)
+        elif key not in self.graphs:
+            self.graphs[key] = None
+            self.run(windows, meter)
+        else:
+            if self.graphs[key] is None:
+                still = window._replace(**{n: x.clone() for n, x in window._asdict().items()
+                                           if isinstance(x, Tensor)})
+                graph = torch.cuda.CUDAGraph()
+                gc.collect()  # what is left of the first run is bound to another stream
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self.run([still], meter)
+                self.graphs[key], self.pool = (graph, still), graph.pool()
+            graph, still = self.graphs[key]
+            for x, new in zip(still, window, strict=True):
+                if isinstance(x, Tensor):
+                    x.copy_(new)
+            graph.replay()
+
+
+class Streamed(Adapter):
+    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past.
+
+    The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
         super().__init__(forward, cfg, rt, batch, init)
         self.past = Past(cfg, batch, rt.device, rt.dtype)
-        self.seen, self.graphs, self.pool = set(), {}, None
-        self.chunk, self.counts, self.ids, self.sizes = (
-            torch.zeros(shape, dtype=torch.int64, device=rt.device)
-            for shape in ((), batch, (batch, cfg.ttt_chunk_size + 2), (batch, cfg.ttt_chunk_size)))
+
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        return ([window] for window in plan_stream(batch, val, self.cfg, self.rt.device))
 
     def losses(self, window: Window) -> Tensor:
+        self.past.seek(window.at, window.rows, min(window.reach, self.past.ring))
         return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
-
-    def run(self, rows: slice, reach: int, updates: bool, meter: Meter) -> None:
-        """The chunk that lies in self.chunk, .ids, .sizes: scored, then learnt from."""
-        self.past.seek(self.chunk, rows, reach)
-        ids, C = self.ids[rows], self.cfg.ttt_chunk_size
-        left = self.counts[rows] - self.chunk * C  # [b] targets from this chunk on
-        mask = left[:, None] > torch.arange(C, device=ids.device)
-        window = Window(rows, ids[:, :-1], None, ids[:, 2:], self.sizes[rows], mask,
-                        (left > C).float(), updates, 0)
-        scored = self.score(window, meter)
-        if updates:
-            self.learn(scored)
-            self.step()
-
-    def replay(self, *call: Any) -> None:
-        """`run`: the first time of a shape at once, the second time recorded, then replayed."""
-        if call in self.graphs:
-            self.graphs[call].replay()
-        elif call not in self.seen or self.rt.device.type != "cuda" or not self.cfg.compile:
-            self.seen.add(call)
-            self.run(slice(call[0], None), *call[1:])
-        else:
-            self.graphs[call] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.run(slice(call[0], None), *call[1:])
-            self.pool = graph.pool()
-            graph.replay()
-
-
-def stream_batch(adapter: Streamed, batch: list[Document], val: ValSet, meter: Meter,
-                 advance: Callable[[int], None]) -> None:
-    """score_batch for an adapter that runs every token once."""
-    C, ring, device = adapter.past.C, adapter.past.ring, adapter.rt.device
-    counts = np.array([doc.targets for doc in batch])
-    chunks = -(-int(counts[-1]) // C)
-    text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
-    for b, doc in enumerate(batch):
-        for x, source in zip(text, val, strict=True):
-            x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
-    ids, sizes = torch.from_numpy(text).to(device)
-    adapter.counts.copy_(torch.from_numpy(counts))
-    step = max(1, ring // C // 5) * C if device.type == "cuda" else C  # few shapes for a GPU
-    for chunk in range(chunks):
-        at, rows = chunk * C, len(batch)
-        adapter.chunk.fill_(chunk)
-        adapter.ids.copy_(ids[:, at : at + C + 2])
-        adapter.sizes.copy_(sizes[:, at + 2 : at + C + 2])
-        while rows // 2 >= (counts > at).sum():
-            rows //= 2
-        reach = min(ring, -(-at // step) * step)
-        adapter.replay(len(batch) - rows, reach, chunk + 1 < chunks, meter)
-        advance(int((counts - at).clip(0, C).sum()))
 
 
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are learnt from."""
-    if isinstance(adapter, Streamed):
-        stream_batch(adapter, batch, val, meter, advance)
-        return
-    size = adapter.cfg.ttt_chunk_size
-    for chunk in range(-(-batch[-1].targets // size)):
-        learnt = False
-        for window in plan_windows(batch, chunk, val, adapter.cfg, adapter.rt.device):
-            scored = adapter.score(window, meter)
-            if window.updates:
-                adapter.learn(scored)
-                learnt = True
-            advance(window.count)
-        if learnt:
-            adapter.step()
+    for windows in adapter.plan(batch, val):
+        adapter.replay(windows, meter)
+        advance(sum(window.count for window in windows))
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ ARTIFACT_DIR and the documents the first N of DATA_PATH where there is an artifa
 random and documents synthetic, of log-normal length, about 950 tokens in the mean as in FineWeb.
 
 Modes: `before` (every window whole, gradients of the base weights computed and thrown away),
-`whole` (the same without those), `streamed` (TTT_STREAM=1, kernels launched one by one), `recorded`
-(streamed, CUDA graphs). A mode runs over the documents once to warm up (`before` and `whole`: over
-their shortest batch) and then REPEATS times (default 3); figures are the median and the range. The
-split into forward, backward and optimiser is between marks in the device's queue; host is the rest
-of the wall clock (plans, copies). Recorded graphs are not split.
+`whole` (the same without those), `streamed` (TTT_STREAM=1); with `+graphs` recorded and replayed as
+CUDA graphs (COMPILE=1, what the program does), else kernels are launched one by one. A mode
+warms up on the shortest batch (with graphs twice on all, recording included) and then runs over all
+REPEATS times (default 3); figures are the median and the range. The split into forward, backward
+and optimiser is between marks in the device's queue; host is the rest of the wall clock (plans,
+copies). Graphs are not split.
 
 `--compare` scores the documents with global phases, whole and streamed, and prints BPB and seconds,
 one line for each of `--chunks 24,48` and `--lrs 1e-4,2e-4`.
@@ -95,7 +96,7 @@ class Marks:
 
 
 def mode_settings(cfg: t.Config, mode: str) -> t.Config:
-    return replace(cfg, ttt_stream=mode in ("streamed", "recorded"), compile=mode == "recorded")
+    return replace(cfg, ttt_stream=mode.startswith("streamed"), compile=mode.endswith("+graphs"))
 
 
 def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) -> None:
@@ -106,7 +107,7 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
     make = t.Streamed if cfg.ttt_stream else t.Adapter
     adapter = make(model, cfg, rt, len(batches[0]), t.uniform_start(rt.generator(cfg.seed)))
     start, marks, meter = {k: v.clone() for k, v in adapter.lora.A.items()}, Marks(rt), t.Meter(rt)
-    if mode != "recorded":
+    if not cfg.compile:
         adapter.losses = marks.around("forward", adapter.losses)
         adapter.learn = marks.around("backward", adapter.learn)
         adapter.step = marks.around("optimiser", adapter.step)
@@ -126,11 +127,9 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
                 p.grad = None
         return rt.seconds() - began, meter.result()
 
-    if cfg.ttt_stream:
-        print(f"{mode:9} first passes " + ", ".join(f"{once(batches)[0]:.2f}" for _ in range(2))
-              + " s (recording included)")
-    else:
-        once(batches[:1])
+    chosen = [batches, batches] if cfg.compile else [batches[:1]]
+    first = ", ".join(f"{once(some)[0]:.2f}" for some in chosen)
+    print(f"{mode:15} warm-up {first} s")
     marks.seconds()
     runs, parts = [], []
     for _ in range(REPEATS):
@@ -141,11 +140,11 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
     split = ", ".join(f"{name} {statistics.median(p[name] for p in parts):.2f}"
                       for name in parts[0] if parts[0][name])
     rest = statistics.median(w - sum(p.values()) for w, p in zip(walls, parts, strict=True))
-    print(f"{mode:9} {score.tokens} targets in {middle:.2f} s ({min(walls):.2f} to "
+    print(f"{mode:15} {score.tokens} targets in {middle:.2f} s ({min(walls):.2f} to "
           f"{max(walls):.2f}, n = {len(walls)}): {score.tokens / middle:,.0f} targets/s"
           f"{f'; {split}, host {rest:.2f} s' if split else ''}; loss {score.loss:.6f}", flush=True)
     if rt.device.type == "cuda":
-        print(f"{mode:9} peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"{mode:15} peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -170,7 +169,8 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--docs", type=int, default=128 if cuda else 16)
-    options.add_argument("--modes", default="before,whole,streamed" + ",recorded" * cuda)
+    modes = "before,whole,streamed" + ",whole+graphs,streamed+graphs" * cuda
+    options.add_argument("--modes", default=modes)
     options.add_argument("--compare", action="store_true")
     options.add_argument("--chunks", default="")
     options.add_argument("--lrs", default="")
