@@ -1240,7 +1240,8 @@ class LowRank(torch.autograd.Function):
         return h @ b.mT
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of x, A and B, given that of the result."""
         x, a, b, h = ctx.saved_tensors
         same = x.dtype == ctx.master
         dh = (dy @ b).mul_(ctx.scale)
@@ -2297,7 +2298,7 @@ class Window(NamedTuple):
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
-    reach: int = 0  # tokens of Past that are looked at
+    reach: int = 0  # tokens in Past that are looked at
 
 
 def shape_step(cfg: Config, device: torch.device) -> int:
@@ -2423,7 +2424,6 @@ class Adapter:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
         """For every chunk of a batch its windows, usually one."""
         for chunk in range(-(-batch[-1].targets // self.cfg.ttt_chunk_size)):
@@ -2475,10 +2475,13 @@ class Streamed(Adapter):
         self.past = Past(cfg, batch, rt.device, rt.dtype)
 
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
-        return ([window] for window in plan_stream(batch, val, self.cfg, self.rt.device))
+        """One window a chunk; far into a document all of the ring is looked at."""
+        for window in plan_stream(batch, val, self.cfg, self.rt.device):
+            yield [window._replace(reach=min(window.reach, self.past.ring))]
 
     def losses(self, window: Window) -> Tensor:
-        self.past.seek(window.at, window.rows, min(window.reach, self.past.ring))
+        """Of the chunk alone, which sees the chunks before it."""
+        self.past.seek(window.at, window.rows, window.reach)
         return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
 
 

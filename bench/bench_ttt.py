@@ -13,7 +13,7 @@ and optimiser is between marks in the device's queue; host is the rest of the wa
 copies). Graphs are not split.
 
 `--compare` scores the documents with global phases, whole and streamed, and prints BPB and seconds,
-one line for each of `--chunks 24,48` and `--lrs 1e-4,2e-4`.
+one line for each of `--chunks 24,48`, `--lrs 1e-4,2e-4` and `--modes whole,streamed`.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
     batches = [b for b in batches if len(b) == len(batches[0])]  # one set of adapters for all
     make = t.Streamed if cfg.ttt_stream else t.Adapter
     adapter = make(model, cfg, rt, len(batches[0]), t.uniform_start(rt.generator(cfg.seed)))
-    start, marks, meter = {k: v.clone() for k, v in adapter.lora.A.items()}, Marks(rt), t.Meter(rt)
+    start = {k: v.detach().clone() for k, v in adapter.lora.A.items()}
+    marks, meter = Marks(rt), t.Meter(rt)
     if not cfg.compile:
         adapter.losses = marks.around("forward", adapter.losses)
         adapter.learn = marks.around("backward", adapter.learn)
@@ -148,20 +149,21 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
         torch.cuda.reset_peak_memory_stats()
 
 
-def compare(model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime, chunks: list[int],
-            rates: list[float]) -> None:
+def compare(modes: list[str], model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime,
+            chunks: list[int], rates: list[float]) -> None:
     """BPB against seconds, whole and streamed, over chunk sizes and learning rates."""
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     forwards = t.Forwards(model, model)
     print("| mode | chunk | learning rate | BPB | seconds |\n|---|--:|--:|--:|--:|")
     for chunk in chunks:
         for rate in rates:
-            for stream in (False, True):
-                settings = replace(cfg, ttt_chunk_size=chunk, ttt_lora_lr=rate, ttt_stream=stream)
+            for mode in modes:
+                settings = replace(cfg, ttt_chunk_size=chunk, ttt_lora_lr=rate,
+                                   ttt_stream=mode == "streamed")
                 model.load_state_dict(weights)
                 began = rt.seconds()
                 score = t.score_phased(forwards, model, val, settings.checked(), rt)
-                print(f"| {'streamed' if stream else 'whole'} | {chunk} | {rate:g} | "
+                print(f"| {mode} | {chunk} | {rate:g} | "
                       f"{score.bpb:.5f} | {rt.seconds() - began:.1f} |", flush=True)
 
 
@@ -186,7 +188,8 @@ def main() -> None:
     if given.compare:
         chunks = [int(x) for x in given.chunks.split(",") if x] or [cfg.ttt_chunk_size]
         rates = [float(x) for x in given.lrs.split(",") if x] or [cfg.ttt_lora_lr]
-        compare(model, val, cfg, rt, chunks, rates)
+        modes = [mode for mode in ("whole", "streamed") if mode in given.modes.split(",")]
+        compare(modes, model, val, cfg, rt, chunks, rates)
     else:
         for mode in given.modes.split(","):
             bench(mode, model, val, cfg, rt)

@@ -141,6 +141,16 @@ def test_rows_that_run():
     assert t.shape_step(t.Config(), cuda) == 384
 
 
+def test_a_long_document_brings_no_new_shapes(monkeypatch):
+    cfg = tiny(ttt_eval_seq_len=80)  # a ring of 9 chunks
+    monkeypatch.setattr(t, "shape_step", lambda cfg, device: 2 * cfg.ttt_chunk_size)
+    val = val_set([500])
+    adapter = t.Streamed(busy_model(cfg), cfg, runtime(), 1, cosine_start)
+    reaches = [window.reach for (window,) in adapter.plan(documents_of(val), val)]
+    assert reaches[:12] == [0, 16, 16, 32, 32, 48, 48, 64, 64, 72, 72, 72]
+    assert set(reaches[9:]) == {72} and len(reaches) == 63
+
+
 # ---- learning
 
 def test_the_first_step_is_that_of_whole_windows():
