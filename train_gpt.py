@@ -2455,7 +2455,8 @@ class Adapter:
                                            if isinstance(x, Tensor)})
                 graph = torch.cuda.CUDAGraph()
                 gc.collect()  # what is left of the first run is bound to another stream
-                with torch.cuda.graph(graph, pool=self.pool):
+                # NCCL's own thread may ask for events meanwhile: not this thread's error
+                with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                     self.run([still], meter)
                 self.graphs[key], self.pool = (graph, still), graph.pool()
             graph, still = self.graphs[key]
