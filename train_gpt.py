@@ -22,7 +22,9 @@ value heads, V vocabulary. Weights are stored [out, in].
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
+import heapq
 import importlib
 import importlib.util
 import inspect
@@ -184,6 +186,7 @@ class Config:
     ttt_chunk_size: int = setting(48, "targets scored between two updates", 1)
     ttt_batch_size: int = setting(64, "documents in a batch", 1)
     ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
+    ttt_stream: bool = setting(False, "run a chunk once, on kept keys and values of earlier ones")
     phased_ttt_prefix_docs: int = setting(2500, "documents of the global phases; 0: no phase", 0)
     phased_ttt_num_phases: int = setting(3, "global phases", 1)
     global_ttt_lr: float = setting(1e-3, "SGD's learning rate in a global phase", 0)
@@ -801,6 +804,43 @@ class Segments:
         return [(len(list(run)), length) for length, run in lengths]
 
 
+class Past:
+    """Keys and values of the earlier chunks of B documents that are read in step, C tokens at once.
+
+    kv [pass, 2, B, K, ring, D] holds the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they were when
+    they ran: no gradient enters them. Keys are rotated by their position in the document; products
+    see differences only, so the context slides along a document of any length, and in the ring the
+    order does not matter. After `seek` one forward runs the next chunk and stores what it adds."""
+
+    def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.C = cfg, cfg.ttt_chunk_size
+        self.ring = (cfg.ttt_eval_seq_len // self.C - 1) * self.C
+        shape = num_passes(cfg), 2, B, cfg.num_kv_heads, self.ring, cfg.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+    def seek(self, chunk: Tensor, rows: slice, reach: int) -> None:
+        """Chunk number `chunk` (on the device) of documents `rows` is next; `reach`, at most the
+        ring, is at least the tokens that are stored. Shapes depend on rows and reach alone."""
+        new = torch.arange(self.C, device=chunk.device)
+        at = chunk * self.C + new
+        self.rows, self.reach, self.place = rows, reach, at % max(self.ring, 1)
+        self.rope = rotation(at, self.cfg)
+        stored = torch.arange(reach, device=chunk.device) < chunk * self.C
+        seen = torch.cat((stored.expand(self.C, -1), new[:, None] >= new), dim=1)
+        self.mask = seen.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
+
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, C, H, D], k and v [b, C, K, D] -> y [b, C, H, D]; then k and v are stored."""
+        groups, new = k.shape[2], torch.stack((k, v)).transpose(2, 3)  # [2, b, K, C, D]
+        kv = self.kv[slot, :, self.rows]
+        k, v = torch.cat((kv[..., : self.reach, :], new), dim=3)
+        if self.ring:
+            kv.index_copy_(3, self.place, new.detach())
+        q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [b, K, H/K C, D]
+        y = F.scaled_dot_product_attention(q, k, v, self.mask)
+        return y.unflatten(2, (-1, self.C)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The definition, over the full N x N matrix."""
     N, H, D = q.shape
@@ -986,8 +1026,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model, with ONE forward for training, evaluation, calibration and test-time training.
 
-    Two objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
-    document, `observe(name, x)` sees the input x of every matrix (calibration). The state dict is
+    Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
+    document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
+    before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
     #1855's: matrices in banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden], all stored
     [out, in]; masters are float32 and are cast once a forward to `dtype`.
     """
@@ -1031,15 +1072,16 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         at: Tensor | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
         With `at` [B, C] (positions) only those targets are scored: targets and result [B, C]."""
-        h = self.hidden(ids, segments, looped, lora)
+        h = self.hidden(ids, segments, looped, lora, past=past)
         if at is not None:
             h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
         z = self.head(h, lora)
@@ -1055,19 +1097,21 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         observe: Callable[[str, Tensor], None] | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, n = self.cfg, self.cfg.num_layers
         banks = [b.to(self.dtype).unbind() for b in self.banks()]  # one cast, one gradient a bank
-        cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype)
+        rope = self.rope[:, : ids.shape[1]] if past is None else past.rope
+        cos, sin = rope.to(self.dtype)
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
-        a = x0 = rms(x)
+        a = x0 = rms(x if past is None else x[:, 1:])
         b, stack = None, []  # a, b: the two lanes; b is None while there is one
         for step in self.plans[looped]:
             i = step.layer
@@ -1079,7 +1123,8 @@ class GPT(nn.Module):
             mix = block.resid_mix.to(self.dtype)
             u = mix[0] * a + mix[1] * x0
             qkvo = (banks[0][i], banks[1][i], banks[1][n + i], banks[0][n + i])
-            y = self.attention(step, self.norm(u, i), qkvo, (cos, sin), segments, lora, observe)
+            y = self.attention(step, self.norm(u, i), qkvo, (cos, sin), past or segments, lora,
+                               observe)
             y = block.attn_scale.to(self.dtype) * y
             v = u = u + y if b is None else u
             v = self.norm(u if b is None else b, i)
@@ -1123,8 +1168,9 @@ class GPT(nn.Module):
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
 
-    def attention(self, step: Pass, n: Tensor, qkvo: tuple, rope: tuple, segments: "Segments",
-                  lora: "Lora | None", observe: Callable | None) -> Tensor:
+    def attention(self, step: Pass, n: Tensor, qkvo: tuple, rope: tuple,
+                  segments: "Segments | Past", lora: "Lora | None",
+                  observe: Callable | None) -> Tensor:
         """Grouped-query attention with XSA and the sparse gate: n [B, T, d] -> [B, T, d]."""
         cfg, block, D = self.cfg, self.blocks[step.layer].attn, self.cfg.head_dim
         q, k, v = (F.linear(n, w) for w in qkvo[:3])
@@ -1133,7 +1179,10 @@ class GPT(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)) for y in (q, k, v))  # [B, T, H or K, D]
         q = rotate(rms(q), *rope) * block.q_gain.to(q.dtype)[:, None]
         k = rotate(rms(k), *rope)
-        y = self.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), segments).view_as(q)
+        if isinstance(segments, Past):
+            y = segments.attend(step.slot, q, k, v)
+        else:
+            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
         if step.layer >= cfg.num_layers - cfg.xsa_last_n:
             y = y.unflatten(2, (cfg.num_kv_heads, -1))  # [B, T, K, H/K, D]
             axis = F.normalize(v, dim=-1)[:, :, :, None]
@@ -1160,15 +1209,45 @@ class GPT(nn.Module):
 
 
 def rotary_table(cfg: Config) -> Tensor:
-    """cos and sin of position * base^(-2j/R), [2, positions, R/2], in float64 before rounding."""
-    dims = cfg.rope_dims or cfg.head_dim
+    """The rotation of every position that a packed row or a window can have."""
     longest = max(
         cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
         cfg.global_ttt_batch_seqs * cfg.eval_seq_len,
     )
-    rate = cfg.rope_base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = torch.arange(longest, dtype=torch.float64)[:, None] * rate
+    return rotation(torch.arange(longest), cfg)
+
+
+def rotation(at: Tensor, cfg: Config) -> Tensor:
+    """cos and sin of position * base^(-2j/R): at [T] -> [2, T, R/2], float64 before rounding."""
+    dims = cfg.rope_dims or cfg.head_dim
+    pair = torch.arange(0, dims, 2, dtype=torch.float64, device=at.device)
+    angle = at[:, None] * cfg.rope_base ** (-pair / dims)
     return torch.stack((angle.cos(), angle.sin())).float()
+
+
+class LowRank(torch.autograd.Function):
+    """scale x A^T B^T for x [b, T, in], A [b, r, in], B [b, out, r], in x's number type.
+
+    Written out for the gradients: those of A and B leave the products in their masters' type and
+    layout, without a pass over them for either."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        h = (x @ a.mT).mul_(scale)  # [b, T, r]
+        ctx.save_for_backward(x, a, b, h)
+        ctx.scale, ctx.master = scale, A.dtype
+        return h @ b.mT
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of x, A and B, given that of the result."""
+        x, a, b, h = ctx.saved_tensors
+        same = x.dtype == ctx.master
+        dh = (dy @ b).mul_(ctx.scale)
+        wide = {} if same or not x.is_cuda else {"out_dtype": ctx.master}
+        dA, dB = (torch.bmm(p.mT, q, **wide).to(ctx.master) for p, q in ((dh, x), (dy, h)))
+        return dh @ a, dA, dB, None
 
 
 class Lora(nn.Module):
@@ -1205,8 +1284,7 @@ class Lora(nn.Module):
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
-        a, b = self.A[key][self.rows].to(x.dtype), self.B[key][self.rows].to(x.dtype)
-        return (x @ a.mT) @ b.mT * self.scale
+        return LowRank.apply(x, self.A[key][self.rows], self.B[key][self.rows], self.scale)
 
 
 def uniform_start(generator: torch.Generator) -> Callable[[Tensor], None]:
@@ -2236,21 +2314,38 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
-WINDOW_TOKENS = 65536  # of one forward: bounds the memory; documents do not touch each other
+WINDOW_TOKENS = 131072  # of one forward: bounds the memory; documents do not touch each other
 
 
 class Window(NamedTuple):
     """One chunk of some documents of a batch, planned: what is read, what is scored, who trains."""
 
     rows: slice  # which documents of the batch
-    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end
-    at: Tensor  # [b, C] positions of the chunk's targets in the context
+    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end, or Past's [b, 1 + C]
+    at: Tensor  # [b, C] positions of the chunk's targets in the context, or the chunk's number
     targets: Tensor  # [b, C]
     sizes: Tensor  # [b, C] original bytes
     mask: Tensor  # [b, C] which targets exist
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
+    reach: int = 0  # tokens in Past that are looked at
+
+
+def shape_step(cfg: Config, device: torch.device) -> int:
+    """What widths are rounded up to: a GPU records every shape, and gets about five."""
+    chunks = cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    return max(1, chunks // 5) * cfg.ttt_chunk_size if device.type == "cuda" else 1
+
+
+def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.device) -> int:
+    """Documents that run: those with a target in the chunk, the batch's last; on a GPU up to twice
+    as many, the batch over a power of 2, for fewer shapes."""
+    need = int((counts > chunk * cfg.ttt_chunk_size).sum())
+    rows = len(counts) if device.type == "cuda" else need
+    while rows // 2 >= need:
+        rows //= 2
+    return rows
 
 
 def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
@@ -2258,28 +2353,56 @@ def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
     """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
 
     Batches rise in length, so the documents that reach the chunk are the last ones."""
-    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
-    first = next(i for i, doc in enumerate(batch) if doc.targets > chunk * C)
-    for row in range(first, len(batch), step):
+    rows = running_rows(np.array([doc.targets for doc in batch]), chunk, cfg, device)
+    for row in range(len(batch) - rows, len(batch), step):
         docs = batch[row : row + step]
         ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
         starts = [max(0, end - most) for end in ends]
         width = max(end - start for start, end in zip(starts, ends, strict=True))
+        width = min(-(-width // unit) * unit, most)
         ids = np.zeros((len(docs), width), np.int64)
         at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
         for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
-            begin, n = doc.begin + chunk * C, end - chunk * C
+            begin, n = doc.begin + chunk * C, max(0, end - chunk * C)
             ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-            at[b, :n] = np.arange(chunk * C - start, end - start)
+            at[b, :n] = np.arange(end - start - n, end - start)
             targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
             sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
             mask[b, :n] = 1
         trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
         arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-        tensors = (torch.from_numpy(x).to(device) for x in arrays)
-        rows = slice(row, row + len(docs))
-        yield Window(rows, *tensors, bool(trains.any()), int(mask.sum()))
+        tensors = (upload(x, device) for x in arrays)
+        where = slice(row, row + len(docs))
+        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()))
+
+
+def upload(x: np.ndarray, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what the device is doing."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
+                device: torch.device) -> Iterator[Window]:
+    """The same chunks for an adapter that runs every token once: one window each, in turn."""
+    C, unit = cfg.ttt_chunk_size, max(cfg.ttt_chunk_size, shape_step(cfg, device))
+    counts = np.array([doc.targets for doc in batch])
+    chunks = -(-int(counts[-1]) // C)
+    text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
+    for b, doc in enumerate(batch):
+        for x, source in zip(text, val, strict=True):
+            x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
+    (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
+    left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
+    for chunk in range(chunks):
+        at = chunk * C
+        rows = slice(len(batch) - running_rows(counts, chunk, cfg, device), len(batch))
+        new, late = slice(at + 2, at + C + 2), left[rows] - at
+        yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
+                     sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
+                     int((counts - at).clip(0, C).sum()), -(-at // unit) * unit)
 
 
 class Scored:
@@ -2295,26 +2418,31 @@ class Adapter:
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
         self.forward, self.cfg, self.rt = forward, cfg, rt
-        self.lora = Lora(cfg, batch, rt.device, init)
+        self.lora, self.graphs, self.pool = Lora(cfg, batch, rt.device, init), {}, None
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
+            capturable=rt.device.type == "cuda",
         )
 
-    def reset(self) -> None:
-        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says."""
-        self.lora.reset(warm=self.cfg.ttt_warm_start_a)
-        self.optimiser.state.clear()
+    def reset(self, anew: bool = False) -> None:
+        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says unless all
+        is to be as new. In place: recorded graphs know the addresses."""
+        self.lora.reset(warm=self.cfg.ttt_warm_start_a and not anew)
+        for moments in self.optimiser.state.values():
+            for x in moments.values():
+                x.zero_()
+
+    def losses(self, window: Window) -> Tensor:
+        """Of every target of the window [b, C], by one forward over the whole of it."""
+        segments = Segments.batch(*window.ids.shape, window.ids.device)
+        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at)
 
     def score(self, window: Window, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
         self.lora.rows = window.rows
         with torch.set_grad_enabled(window.updates):
-            B, T = window.ids.shape
-            segments = Segments.batch(B, T, window.ids.device)
-            losses = self.forward(
-                window.ids, window.targets, segments, True, self.lora, window.at
-            )
+            losses = self.losses(window)
         meter.add(losses, window.sizes, window.mask)
         return Scored(losses, window)
 
@@ -2327,21 +2455,119 @@ class Adapter:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        """For every chunk of a batch its windows, usually one."""
+        for chunk in range(-(-batch[-1].targets // self.cfg.ttt_chunk_size)):
+            yield list(plan_windows(batch, chunk, val, self.cfg, self.rt.device))
+
+    def run(self, windows: list[Window], meter: Meter) -> None:
+        """A chunk: every window scored, then learnt from; then one step."""
+        for window in windows:
+            scored = self.score(window, meter)
+            if window.updates:
+                self.learn(scored)
+        if any(window.updates for window in windows):
+            self.step()
+
+    def replay(self, windows: list[Window], meter: Meter) -> None:
+        """`run`, on CUDA with COMPILE=1 as a graph: a shape runs at once when it is first met, is
+        recorded when it comes again, and replayed from then on. Nothing is compiled, and no kernel
+        waits for the host."""
+        window, *more = windows
+        key = meter, window.rows.start, window.ids.shape, window.updates, window.reach
+        if more or self.rt.device.type != "cuda" or not self.cfg.compile:
+            self.run(windows, meter)
+        elif key not in self.graphs:
+            self.graphs[key] = None
+            self.run(windows, meter)
+        else:
+            if self.graphs[key] is None:
+                still = window._replace(**{n: x.clone() for n, x in window._asdict().items()
+                                           if isinstance(x, Tensor)})
+                graph = torch.cuda.CUDAGraph()
+                gc.collect()  # what is left of the first run is bound to another stream
+                # NCCL's own thread may ask for events meanwhile: not this thread's error
+                with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                    self.run([still], meter)
+                self.graphs[key], self.pool = (graph, still), graph.pool()
+            graph, still = self.graphs[key]
+            for x, new in zip(still, window, strict=True):
+                if isinstance(x, Tensor):
+                    x.copy_(new)
+            graph.replay()
+
+
+class Streamed(Adapter):
+    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past.
+
+    The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
+
+    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
+        super().__init__(forward, cfg, rt, batch, init)
+        self.past = Past(cfg, batch, rt.device, rt.dtype)
+
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        """One window a chunk; far into a document all of the ring is looked at."""
+        for window in plan_stream(batch, val, self.cfg, self.rt.device):
+            yield [window._replace(reach=min(window.reach, self.past.ring))]
+
+    def losses(self, window: Window) -> Tensor:
+        """Of the chunk alone, which sees the chunks before it."""
+        self.past.seek(window.at, window.rows, window.reach)
+        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
+
 
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are learnt from."""
-    size = adapter.cfg.ttt_chunk_size
-    for chunk in range(-(-batch[-1].targets // size)):
-        learnt = False
-        for window in plan_windows(batch, chunk, val, adapter.cfg, adapter.rt.device):
-            scored = adapter.score(window, meter)
-            if window.updates:
-                adapter.learn(scored)
-                learnt = True
-            advance(window.count)
-        if learnt:
-            adapter.step()
+    for windows in adapter.plan(batch, val):
+        adapter.replay(windows, meter)
+        advance(sum(window.count for window in windows))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients pass through the base weights and none of the weights' own is computed."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
+
+
+def planned_cost(batch: list[Document], cfg: Config) -> int:
+    """Tokens that a batch runs through the model, up to a factor: what its time is taken to be."""
+    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    chunks = [-(-doc.targets // C) for doc in batch]
+    if cfg.ttt_stream:  # in step: the longest document's chunks
+        return max(chunks)
+    short = [min(n, most) for n in chunks]  # windows grow by a chunk up to TTT_EVAL_SEQ_LEN
+    return sum(k * (k + 1) // 2 + (n - k) * most for k, n in zip(short, chunks, strict=True))
+
+
+def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
+         world: int) -> list[list[list[int]]]:
+    """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
+
+    A free rank takes the next batch, and a round ends where the batches completed hold the
+    boundary's documents (those begun are finished first): #1855's queue, played through with
+    planned costs instead of clocks, so that a run can be repeated."""
+    left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
+    while left:
+        hands = [[] for _ in range(world)]
+        free = [(0, rank, 0) for rank in range(world)]  # (when, who, documents completed then)
+        while left:
+            now, rank, count = heapq.heappop(free)
+            done += count
+            if count and limits and done >= limits[0]:
+                break
+            hands[rank].append(left.pop())
+            batch = batches[hands[rank][-1]]
+            heapq.heappush(free, (now + planned_cost(batch, cfg), rank, len(batch)))
+        done += sum(count for _, _, count in free)
+        limits = limits[1:]
+        rounds.append(hands)
+    return rounds
 
 
 class ScoreProgress:
@@ -2412,35 +2638,33 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
                  init: Callable | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
-    Batches are dealt to the ranks in turn, longest first: neighbours in length run side by side, so
-    that all ranks together idle less than one longest batch (#1855: a queue in a file, another
-    order every run). At a boundary all ranks have scored what the plan says and train on that.
-    """
+    At a boundary all ranks have scored what the plan says and train on that."""
     init = init or uniform_start(rt.generator(cfg.seed + rt.rank))
     documents = [Document(*d) for d in val.documents()]
     batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries, meter, adapter, done = phase_boundaries(cfg, len(documents)), Meter(rt), None, 0
-    mine = (doc.targets for batch in batches[::-1][rt.rank :: rt.world] for doc in batch)
-    advance = ScoreProgress(sum(mine), meter, rt)
-    for top in range(len(batches) - 1, -1, -rt.world):
-        numbers = range(top, max(top - rt.world, -1), -1)  # this round, longest first
-        done += sum(len(batches[number]) for number in numbers)
-        if rt.rank < len(numbers):
-            batch = batches[numbers[rt.rank]]
-            if len(batch) != cfg.ttt_batch_size:
-                used = Adapter(forwards.windows, cfg, rt, len(batch), init)
-            elif adapter is None:
-                used = adapter = Adapter(forwards.windows, cfg, rt, len(batch), init)
+    boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
+    rounds = deal(batches, boundaries, cfg, rt.world)
+    mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
+    advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
+    for hands in rounds:
+        for number in hands[rt.rank]:
+            batch = batches[number]
+            if adapter is None or len(batch) != cfg.ttt_batch_size:
+                used = make(forwards.windows, cfg, rt, len(batch), init)
+                adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
                 used.reset()
-            score_batch(used, batch, val, meter, advance)
-        if boundaries and done >= boundaries[0] and numbers[-1] > 0:
-            scored = [doc for batch in batches[numbers[-1] :] for doc in batch][: boundaries[0]]
+            with frozen(model):
+                score_batch(used, batch, val, meter, advance)
+        first = min(number for hand in hands for number in hand)
+        if first and boundaries:
+            scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
             steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
-            adapter = None  # adapters and their optimiser are made anew
+            if adapter:
+                adapter.reset(anew=True)
     advance.bar.close()
     return meter.result()
 

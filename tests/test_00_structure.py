@@ -16,16 +16,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays well under the 3,753
-# lines of the record's program.
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays under the 3,753 lines
+# of the record's program.
 SECTIONS = {
-    0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 299),
-    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 198), 7: ("Data", 242),
+    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 123), 3: ("Kernels", 299),
+    4: ("Attention", 137), 5: ("Model", 374), 6: ("Optimisers", 198), 7: ("Data", 242),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
-    11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
+    11: ("Test-time training", 406), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
     15: ("Main", 143),
 }
-MOST_LINES = 3300
+MOST_LINES = 3750
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
