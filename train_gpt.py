@@ -22,7 +22,9 @@ value heads, V vocabulary. Weights are stored [out, in].
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
+import heapq
 import importlib
 import importlib.util
 import inspect
@@ -184,6 +186,7 @@ class Config:
     ttt_chunk_size: int = setting(48, "targets scored between two updates", 1)
     ttt_batch_size: int = setting(64, "documents in a batch", 1)
     ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
+    ttt_stream: bool = setting(False, "run a chunk once, on kept keys and values of earlier ones")
     phased_ttt_prefix_docs: int = setting(2500, "documents of the global phases; 0: no phase", 0)
     phased_ttt_num_phases: int = setting(3, "global phases", 1)
     global_ttt_lr: float = setting(1e-3, "SGD's learning rate in a global phase", 0)
@@ -515,6 +518,13 @@ def fused(x: Tensor) -> bool:
     return use_triton(x.device) and x.element_size() in (2, 4)
 
 
+def _programs(x: Tensor, tiles: int, each: int) -> int:
+    """How many programs share `tiles` tiles in a loop: so many a multiprocessor."""
+    if not x.is_cuda:  # under the interpreter, so that each walks over several tiles
+        return min(tiles, 2)
+    return min(tiles, each * torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
 def operator(fake: Callable) -> Callable:
     """Decorator: a torch.library operator; `fake` makes empty outputs from the same arguments."""
     def register(function):
@@ -564,67 +574,47 @@ def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr
 MOST_LOGITS = 16384  # of a row that a program holds in registers
 
 
-def _launch_softcap_ce(z: Tensor, targets: Tensor, cap: float, dz: Tensor) -> Tensor:
+@operator(lambda h, w, targets, cap: (
+    h.new_empty(h.shape[0], dtype=torch.float32),
+    h.new_empty(h.shape if w is None else (h.shape[0], w.shape[0]))))
+def softcap_ce(h: Tensor, w: Tensor | None, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(losses [N] float32, their gradients dz [N, V]) for z = h w^T, or z = h without w."""
+    z = h.contiguous() if w is None else h @ w.T
+    dz = torch.empty_like(z) if w is None else z
     (N, V), losses = z.shape, z.new_empty(z.shape[0], dtype=torch.float32)
     if N:
-        block = triton.next_power_of_2(V)
-        _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap, BLOCK=block,
-                        num_warps=16 if block > 8192 else 8)
-    return losses
-
-
-@operator(lambda z, targets, cap: (z.new_empty(z.shape[0], dtype=torch.float32),
-                                   z.new_empty(z.shape)))
-def softcap_ce(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses [N] float32, their gradients dz [N, V])."""
-    dz = z.new_empty(z.shape)
-    return _launch_softcap_ce(z.contiguous(), targets, cap, dz), dz
-
-
-@operator(lambda h, w, targets, cap: (h.new_empty(h.shape[0], dtype=torch.float32),
-                                      h.new_empty(h.shape[0], w.shape[0])))
-def linear_softcap_ce(h: Tensor, w: Tensor, targets: Tensor,
-                      cap: float) -> tuple[Tensor, Tensor]:
-    """The same for z = h w^T; the logits are never kept."""
-    z = h @ w.T
-    return _launch_softcap_ce(z, targets, cap, z), z
+        _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap,
+                        BLOCK=triton.next_power_of_2(V), num_warps=16 if V > 8192 else 8)
+    return losses, dz
 
 
 def _softcap_ce_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-2], output[1])
+    h, w, _targets, _cap = inputs
+    ctx.save_for_backward(None if w is None else h, w, output[1])
     ctx.set_materialize_grads(False)  # dz never leaves this section
 
 
 def _softcap_ce_grad(ctx, dlosses, _ddz):
-    *_z, dz = ctx.saved_tensors
-    return dz * dlosses[:, None].to(dz.dtype), None, None
-
-
-def _linear_softcap_ce_grad(ctx, dlosses, _ddz):
     (h, w, dz), scale = ctx.saved_tensors, dlosses[:, None]
-    return ((dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None)
+    if w is None:
+        return dz * scale.to(dz.dtype), None, None, None
+    return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None
 
 
 softcap_ce.register_autograd(_softcap_ce_grad, setup_context=_softcap_ce_save)
-linear_softcap_ce.register_autograd(_linear_softcap_ce_grad, setup_context=_softcap_ce_save)
 
 
-def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: float, w: Tensor | None = None
+                          ) -> Tensor:
     """Cross-entropy of cap * tanh(z / cap), token by token; all arithmetic in float32.
 
-    z [N, V] raw logits (bfloat16, float16 or float32), targets [N] int64 in 0..V-1 (not checked)
-    -> losses [N] float32, in nats. The gradient has z's dtype.
+    z [N, V] raw logits (bfloat16, float16 or float32), or their factors: z [N, d] and w [V, d];
+    then the logits are never kept. targets [N] int64 in 0..V-1 (not checked) -> losses [N] float32,
+    in nats. Gradients have z's dtype.
     """
-    if fused(z) and z.shape[1] <= MOST_LOGITS:
-        return softcap_ce(z, targets, cap)[0]
-    return softcap_cross_entropy_ref(z, targets, cap)
-
-
-def linear_cross_entropy(h: Tensor, w: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """softcap_cross_entropy(h w^T, targets, cap): h [N, d], w [V, d]."""
-    if fused(h) and w.shape[0] <= MOST_LOGITS:
-        return linear_softcap_ce(h, w, targets, cap)[0]
-    return softcap_cross_entropy(h @ w.T, targets, cap)
+    if fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
+        return softcap_ce(z, w, targets, cap)[0]
+    return softcap_cross_entropy_ref(z if w is None else z @ w.T, targets, cap)
 
 
 # ---- MLP with squared LeakyReLU
@@ -673,16 +663,13 @@ def _launch_leaky_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor,
                       slope: float, backward: bool) -> None:
     (N, depth), width = a.shape, pre.shape[1]
     BM, BN, BK, warps, stages = LEAKY_MLP_TILES[a.element_size()][backward]
-    tiles = triton.cdiv(N, BM) * triton.cdiv(width, BN)
-    programs = 2  # under the interpreter, so that each walks over several tiles
-    if a.is_cuda:
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+    programs = _programs(a, triton.cdiv(N, BM) * triton.cdiv(width, BN), 1)
     blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 2], [BM, BN // 2]
     tensors = a.contiguous(), b.contiguous(), pre, out
     described = map(TensorDescriptor.from_tensor, tensors, blocks)
     exact = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if tiles:
-        _leaky_mlp[min(programs, tiles),](
+    if programs:
+        _leaky_mlp[programs,](
             *described, N, depth, width, slope, BACKWARD=int(backward), PROGRAMS=programs,
             PRECISION="ieee" if exact else "tf32", BM=BM, BN=BN, BK=BK,
             num_warps=warps, num_stages=stages)
@@ -756,7 +743,7 @@ def mix_skip(a: Tensor, skip: Tensor, lerp: Tensor) -> Tensor:
 
 def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
                  x0: Tensor | None, mix: Tensor | None, scale: float, window: int) -> tuple:
-    """a, m, skip, x0 [N, d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[:, :window]).
+    """a, m, skip, x0 [..., d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[..., :window]).
 
     u is a + m with the skip (weight lerp[0], gate lerp[1]) and x0 mixed in; n = rms(u) * scale."""
     a = a if m is None else a + m
@@ -764,7 +751,7 @@ def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor 
     if mix is not None:
         u = mix[0].to(a.dtype) * u + mix[1].to(a.dtype) * x0
     n = rms(u) * scale
-    return a, u, n, n[:, :window]
+    return a, u, n, n[..., :window]
 
 
 @jit
@@ -810,7 +797,7 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
                        lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d,
                        window, scale, DA: tl.constexpr, DU: tl.constexpr, DWINDOW: tl.constexpr,
                        SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                       BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     wide = cols < d
     to_a = 1.0
@@ -827,8 +814,7 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
             to_a *= tl.sigmoid(gate)[None, :]
             to_skip *= tl.sigmoid(-gate)[None, :]
         sum_skip = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0),
-                         num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=2):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & wide[None, :]
         at = rows.to(tl.int64)[:, None] * d + cols[None, :]
@@ -862,19 +848,9 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
         tl.store(at + 2 * d, tl.sum(sum_skip, 0), mask=wide)
 
 
-LOOP_STAGES = 2  # tiles in flight in the loops of the backward kernels
-
-
-def _programs(x: Tensor, tiles: int) -> int:
-    """How many programs share `tiles` tiles in a loop: four a multiprocessor."""
-    if not x.is_cuda:  # under the interpreter, so that each walks over several tiles
-        return min(tiles, 2)
-    return min(tiles, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
-
-
-def _tile(d: int, elements: int) -> dict[str, int]:
-    """ROWS and BLOCK of a tile of about so many elements, of rows d wide."""
-    block = triton.next_power_of_2(d)
+def _tile(x: Tensor, elements: int) -> dict[str, int]:
+    """ROWS and BLOCK of a tile of about so many elements of x."""
+    block = triton.next_power_of_2(x.shape[-1])
     return dict(ROWS=max(1, elements // block), BLOCK=block)
 
 
@@ -882,34 +858,37 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-def _mix_norm_shapes(a, m, skip, lerp, x0, mix, scale, window):
-    rows, none = a.shape[0], (0, a.shape[1])
-    return (a.new_empty(none if m is None else a.shape),
-            a.new_empty(none if mix is None else a.shape), a.new_empty(a.shape),
-            a.new_empty(rows, window), a.new_empty(rows, dtype=torch.float32))
+def _is_there(t: Tensor | None) -> int:
+    return int(t is not None and t.numel() > 0)
 
 
-@operator(_mix_norm_shapes)
+def _mix_norm_results(a, m, skip, lerp, x0, mix, scale, window):
+    *rows, d = a.shape
+    return (a.new_empty(0 if m is None else a.shape), a.new_empty(0 if mix is None else a.shape),
+            a.new_empty(a.shape), a.new_empty(*rows, window),
+            a.new_empty(rows, dtype=torch.float32))
+
+
+@operator(_mix_norm_results)
 def mix_norm_forward(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
                      x0: Tensor | None, mix: Tensor | None, scale: float, window: int
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(a + m, u, n, n[:, :window], 1/rms [N]); the first and second empty if they are a and a+m."""
-    inputs, (N, d) = _dense(a, m, skip, lerp, x0, mix), a.shape
-    outputs, tile = _mix_norm_shapes(a, m, skip, lerp, x0, mix, scale, window), _tile(d, 4096)
-    if N:
+    """(a + m, u, n, n[..., :window], 1/rms); the first and second empty if they are a and a + m."""
+    given, tile = (a, m, skip, lerp, x0, mix), _tile(a, 4096)
+    results = _mix_norm_results(*given, scale, window)
+    if N := results[-1].numel():
         _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
-            *inputs, *outputs, N, d, window, scale, EPS, ADD=int(m is not None),
-            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None),
-            WINDOW=int(window > 0), **tile)
-    return outputs
+            *_dense(*given), *results, N, a.shape[-1], window, scale, EPS, ADD=_is_there(m),
+            SKIP=0 if skip is None else len(lerp), MIX=_is_there(mix), WINDOW=int(window > 0),
+            **tile)
+    return results
 
 
 def _mix_norm_grads(da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, scale):
-    N, d = n.shape
-    return (n.new_empty(N, d), n.new_empty(0 if skip is None else N, d),
-            n.new_empty(0 if mix is None else N, d),
-            n.new_empty(_programs(n, triton.cdiv(N, _tile(d, 2048)["ROWS"])), 3, d,
-                        dtype=torch.float32))
+    programs = _programs(n, triton.cdiv(rstd.numel(), _tile(n, 2048)["ROWS"]), 4)
+    return (n.new_empty(n.shape), n.new_empty(0 if skip is None else n.shape),
+            n.new_empty(0 if mix is None else n.shape),
+            n.new_empty(programs, 3, n.shape[-1], dtype=torch.float32))
 
 
 @operator(_mix_norm_grads)
@@ -919,43 +898,41 @@ def mix_norm_backward(da: Tensor | None, du: Tensor | None, dn: Tensor, dwindow:
                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da and dm in one, dskip, dx0, sums [programs, 3, d] of a du, x0 du and skip du)."""
     given = da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix
-    outputs, (N, d) = _mix_norm_grads(*given, scale), n.shape
-    if N:
-        _mix_norm_backward[outputs[3].shape[0],](
-            *_dense(*given), *outputs, N, d, 0 if dwindow is None else dwindow.shape[1], scale,
-            DA=int(da is not None), DU=int(du is not None),
-            DWINDOW=int(dwindow is not None and dwindow.shape[1] > 0),
-            SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), STAGES=LOOP_STAGES,
-            **_tile(d, 2048))
-    return outputs
+    grads = _mix_norm_grads(*given, scale)
+    if N := rstd.numel():
+        _mix_norm_backward[len(grads[3]),](
+            *_dense(*given), *grads, N, n.shape[-1], 0 if dwindow is None else dwindow.shape[-1],
+            scale, DA=_is_there(da), DU=_is_there(du), DWINDOW=_is_there(dwindow),
+            SKIP=0 if skip is None else len(lerp), MIX=_is_there(mix), **_tile(n, 2048))
+    return grads
 
 
 def _mix_norm_save(ctx, inputs, output):
     a, m, skip, lerp, x0, mix, ctx.scale, _window = inputs
     whole, _u, n, _near, rstd = output
     kept = None if mix is None else a if m is None else whole
-    ctx.added = m is not None
     ctx.save_for_backward(kept, n, rstd, skip, lerp, x0, mix)
     ctx.set_materialize_grads(False)
 
 
 def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
-    kept, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
+    a, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
     dn = torch.zeros_like(n) if dn is None else dn
-    da, du = da if ctx.added else None, None if mix is None else du  # those outputs were empty
-    da, dskip, dx0, sums = mix_norm_backward(
-        da, du, dn, dwindow, kept, n, rstd, skip, lerp, x0, mix, ctx.scale)
-    grads = [da, da if ctx.added else None, None, None, None, None, None, None]
-    if mix is not None:
+    dv, dskip, dx0, sums = mix_norm_backward(
+        da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, ctx.scale)
+    _, need_m, need_skip, need_lerp, need_x0, need_mix, *_ = ctx.needs_input_grad
+    dlerp = dmix = None
+    if need_lerp or need_mix:
         of_a, of_x0, of_skip = sums.sum(0)
         if skip is not None:
             weight, *gate = lerp.float()
             keep, join = (gate[0].sigmoid(), (-gate[0]).sigmoid()) if gate else (1.0, 1.0)
             dlerp = mix[0] * join * of_skip, mix[0] * keep * join * (of_a - weight * of_skip)
-            grads[2:4] = dskip, torch.stack(dlerp[: len(lerp)]).to(lerp.dtype)
+            dlerp = torch.stack(dlerp[: len(lerp)]).to(lerp.dtype)
             of_a = keep * of_a + join * weight * of_skip
-        grads[4:6] = dx0, torch.stack((of_a, of_x0)).to(mix.dtype)
-    return tuple(grads)
+        dmix = torch.stack((of_a, of_x0)).to(mix.dtype)
+    return (dv, dv if need_m else None, dskip if need_skip else None, dlerp,
+            dx0 if need_x0 else None, dmix, None, None)
 
 
 mix_norm_forward.register_autograd(_mix_norm_grad, setup_context=_mix_norm_save)
@@ -971,373 +948,6 @@ def mix_norm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
     whole, u, n, near, _rstd = mix_norm_forward(a, m, skip, lerp, x0, mix, scale, window)
     whole = a if m is None else whole
     return whole, whole if mix is None else u, n, near
-
-
-# ---- queries, keys and values: one product, then RMSNorm, partial RoPE and gain
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: x [B, T, H, D]; cos, sin [T, R/2] rotate channels j < R/2 and j + R/2."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, x[..., 2 * half :]), dim=-1)
-
-
-def project_qkv_ref(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor,
-                    T: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """n [N, d], w [(H + 2K) D, d], delta [N, (H + 2K) D], gain [H], rope [2, positions, R/2]; rows
-    of T tokens -> q [N, H, D], k, v [N, K, D]; q and k normalised and rotated, q times gain."""
-    x = F.linear(n, w) if delta is None else F.linear(n, w) + delta
-    x = x.unflatten(0, (-1, T)).unflatten(-1, (len(gain) + 2 * K, -1))  # [B, T, heads, D]
-    q, k, v = x.split([len(gain), K, K], dim=2)
-    cos, sin = rope[:, :T].to(n.dtype)
-    q = rotate(rms(q), cos, sin) * gain.to(n.dtype)[:, None]
-    return tuple(y.flatten(0, 1) for y in (q, rotate(rms(k), cos, sin), v))
-
-
-# A tile is [rows x heads, D]; the channels that turn are read again, from the cache, as two tiles
-# [rows x heads, R/2], so that every access is of neighbours.
-@jit
-def _qk_forward(raw_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, N, T, positions, eps, H: tl.constexpr,
-                K: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK: tl.constexpr, TURN: tl.constexpr):
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols, turn = tl.arange(0, BLOCK)[None, :], tl.arange(0, TURN)[None, :]
-    row, head = (r // (H + K))[:, None], (r % (H + K))[:, None]
-    here, turns = row < N, (row < N) & (turn < R2)
-    at = raw_ptr + r.to(tl.int64)[:, None] * D
-    x = tl.load(at + cols, mask=here & (cols < D), other=0.0).to(tl.float32)
-    x1 = tl.load(at + turn, mask=turns, other=0.0).to(tl.float32)
-    x2 = tl.load(at + R2 + turn, mask=turns, other=0.0).to(tl.float32)
-    angle = rope_ptr + (row % T) * R2 + turn
-    cos = tl.load(angle, mask=turns, other=0.0).to(tl.float32)
-    sin = tl.load(angle + positions * R2, mask=turns, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    factor *= tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-    rest = here & (cols >= 2 * R2) & (cols < D)
-    dtype = q_ptr.dtype.element_ty
-    y, y1 = (x * factor).to(dtype), ((x1 * cos + x2 * sin) * factor).to(dtype)
-    y2 = ((x2 * cos - x1 * sin) * factor).to(dtype)
-    q_at = q_ptr + (row.to(tl.int64) * H + head) * D
-    k_at = k_ptr + (row.to(tl.int64) * K + head - H) * D
-    tl.store(q_at + cols, y, mask=rest & (head < H))
-    tl.store(q_at + turn, y1, mask=turns & (head < H))
-    tl.store(q_at + R2 + turn, y2, mask=turns & (head < H))
-    tl.store(k_at + cols, y, mask=rest & (head >= H))
-    tl.store(k_at + turn, y1, mask=turns & (head >= H))
-    tl.store(k_at + R2 + turn, y2, mask=turns & (head >= H))
-
-
-# dq, dk and dv go into one [N, (H + 2K) D]: one product each for dn and dw. With t the upstream
-# gradient turned back and h = x / rms: dx = gain / rms (t - h mean(h t)), dgain = sum h t.
-@jit
-def _qk_backward(dq_ptr, dk_ptr, dv_ptr, raw_ptr, gain_ptr, rope_ptr, dx_ptr, dgain_ptr, N, T,
-                 positions, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                 R2: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                 TURN: tl.constexpr, STAGES: tl.constexpr):
-    lane = tl.arange(0, ROWS)
-    cols, turn = tl.arange(0, BLOCK)[None, :], tl.arange(0, TURN)[None, :]
-    head = (lane % HEADS)[:, None]
-    gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-    dgain = tl.zeros((ROWS, 1), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0),
-                         num_stages=STAGES):
-        token = (tile * (ROWS // HEADS) + lane // HEADS)[:, None]
-        is_q, is_k = (token < N) & (head < H), (token < N) & (head >= H) & (head < H + K)
-        is_v = (token < N) & (head >= H + K) & (head < H + 2 * K)
-        row, wide, turns = token.to(tl.int64), cols < D, turn < R2
-        q_at, k_at = dq_ptr + (row * H + head) * D, dk_ptr + (row * K + head - H) * D
-        v_at = dv_ptr + (row * K + head - H - K) * D
-        x_at, dx_at = raw_ptr + (row * (H + K) + head) * D, dx_ptr + (row * (H + 2 * K) + head) * D
-        g = tl.load(q_at + cols, mask=is_q & wide, other=0.0).to(tl.float32)
-        g += tl.load(k_at + cols, mask=is_k & wide, other=0.0).to(tl.float32)
-        g += tl.load(v_at + cols, mask=is_v & wide, other=0.0).to(tl.float32)
-        x = tl.load(x_at + cols, mask=(is_q | is_k) & wide, other=0.0).to(tl.float32)
-        g1 = tl.load(q_at + turn, mask=is_q & turns, other=0.0).to(tl.float32)
-        g1 += tl.load(k_at + turn, mask=is_k & turns, other=0.0).to(tl.float32)
-        g2 = tl.load(q_at + R2 + turn, mask=is_q & turns, other=0.0).to(tl.float32)
-        g2 += tl.load(k_at + R2 + turn, mask=is_k & turns, other=0.0).to(tl.float32)
-        turns = (is_q | is_k) & turns
-        x1 = tl.load(x_at + turn, mask=turns, other=0.0).to(tl.float32)
-        x2 = tl.load(x_at + R2 + turn, mask=turns, other=0.0).to(tl.float32)
-        angle = rope_ptr + (token % T) * R2 + turn
-        cos = tl.load(angle, mask=turns, other=0.0).to(tl.float32)
-        sin = tl.load(angle + positions * R2, mask=turns, other=0.0).to(tl.float32)
-        t1, t2 = g1 * cos - g2 * sin, g2 * cos + g1 * sin
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        along = tl.sum(tl.where(cols >= 2 * R2, x * g, 0.0), 1) + tl.sum(x1 * t1 + x2 * t2, 1)
-        along = along[:, None] * rstd
-        dgain += along
-        back, factor = rstd * along / D, rstd * gain
-        dtype = dx_ptr.dtype.element_ty
-        dx = tl.where(is_v, g, (g - x * back) * factor)
-        rest = is_v | ((is_q | is_k) & (cols >= 2 * R2))
-        tl.store(dx_at + cols, dx.to(dtype), mask=rest & wide)
-        tl.store(dx_at + turn, ((t1 - x1 * back) * factor).to(dtype), mask=turns)
-        tl.store(dx_at + R2 + turn, ((t2 - x2 * back) * factor).to(dtype), mask=turns)
-    tl.store(dgain_ptr + (tl.program_id(0) * ROWS + lane)[:, None], dgain)
-
-
-def _qkv_shapes(n, w, delta, gain, rope, T, K):
-    N, H = n.shape[0], gain.shape[0]
-    D = w.shape[0] // (H + 2 * K)
-    return (n.new_empty(N, H, D), n.new_empty(N, K, D), n.new_empty(N, K, D),
-            n.new_empty(N, (H + K) * D))
-
-
-@operator(_qkv_shapes)
-def project_qkv_forward(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor,
-                        T: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and, for the backward pass, q and k as the product left them, [N, (H + K) D]."""
-    q, k, v, raw = _qkv_shapes(n, w, delta, gain, rope, T, K)
-    width, (N, H, D) = raw.shape[1], q.shape
-    torch.mm(n, w[:width].T, out=raw)
-    torch.mm(n, w[width:].T, out=v.view(N, K * D))
-    if delta is not None:
-        raw += delta[:, :width]
-        v += delta[:, width:].view_as(v)
-    tile = _tile(D, 4096)
-    if N:
-        _qk_forward[triton.cdiv(N * (H + K), tile["ROWS"]),](
-            raw, gain.contiguous(), rope.contiguous(), q, k, N, T, rope.shape[1], EPS, H, K, D,
-            R2=rope.shape[2], TURN=triton.next_power_of_2(rope.shape[2]), **tile)
-    return q, k, v, raw
-
-
-def _qk_tile(H: int, K: int, D: int) -> dict[str, int]:
-    heads, block = triton.next_power_of_2(H + 2 * K), triton.next_power_of_2(D)
-    return dict(HEADS=heads, ROWS=max(heads, 2048 // block), BLOCK=block)
-
-
-def _qkv_grads(dq, dk, dv, raw, gain, rope, T):
-    (N, H, D), K = dq.shape, dk.shape[1]
-    tile = _qk_tile(H, K, D)
-    programs = _programs(raw, triton.cdiv(N * tile["HEADS"], tile["ROWS"]))
-    return (raw.new_empty(N, (H + 2 * K) * D),
-            raw.new_empty(programs * tile["ROWS"] // tile["HEADS"], tile["HEADS"],
-                          dtype=torch.float32))
-
-
-@operator(_qkv_grads)
-def project_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, raw: Tensor, gain: Tensor,
-                         rope: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """(gradient of the product [N, (H + 2K) D], sums whose first H columns add up to dgain)."""
-    (N, H, D), K = dq.shape, dk.shape[1]
-    dx, sums = _qkv_grads(dq, dk, dv, raw, gain, rope, T)
-    tile = _qk_tile(H, K, D)
-    if N:
-        _qk_backward[sums.numel() // tile["ROWS"],](
-            *_dense(dq, dk, dv, raw, gain, rope), dx, sums, N, T, rope.shape[1], EPS, H, K, D,
-            R2=rope.shape[2], TURN=triton.next_power_of_2(rope.shape[2]), STAGES=LOOP_STAGES,
-            **tile)
-    return dx, sums
-
-
-def _qkv_save(ctx, inputs, output):
-    n, w, delta, gain, rope, ctx.T, _K = inputs
-    ctx.has_delta = delta is not None
-    ctx.save_for_backward(n, w, gain, rope, output[3])
-    ctx.set_materialize_grads(False)  # nothing flows into the last output
-
-
-def _qkv_grad(ctx, dq, dk, dv, _draw):
-    n, w, gain, rope, raw = ctx.saved_tensors
-    dx, sums = project_qkv_backward(dq, dk, dv, raw, gain, rope, ctx.T)
-    need_n, need_w, _, need_gain, *_ = ctx.needs_input_grad
-    return (dx @ w if need_n else None, dx.T @ n if need_w else None,
-            dx if ctx.has_delta else None,
-            sums.sum(0)[: len(gain)].to(gain.dtype) if need_gain else None, None, None, None)
-
-
-project_qkv_forward.register_autograd(_qkv_grad, setup_context=_qkv_save)
-
-
-def project_qkv(n: Tensor, w: Tensor, delta: Tensor | None, gain: Tensor, rope: Tensor, T: int,
-                K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """project_qkv_ref with one kernel after the products; all results are contiguous."""
-    if fused(n):
-        return project_qkv_forward(n, w, delta, gain, rope, T, K)[:3]
-    return project_qkv_ref(n, w, delta, gain, rope, T, K)
-
-
-# ---- exclusive self-attention (XSA) and the sparse gate
-
-def xsa_gate_ref(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
-                 scale: float) -> Tensor:
-    """y [N, H, D], v [N, K, D] or None, near [N, window], gate_w [H, window] or None -> [N, H D]:
-    y without its part along its group's v, times sigmoid(scale near gate_w^T)."""
-    if v is not None:
-        grouped = y.unflatten(1, (v.shape[1], -1))  # [N, K, H/K, D]
-        axis = F.normalize(v, dim=-1)[:, :, None]
-        y = (grouped - (grouped * axis).sum(-1, keepdim=True) * axis).flatten(1, 2)
-    if gate_w is not None:
-        y = y * torch.sigmoid(scale * F.linear(near, gate_w.to(near.dtype)))[..., None]
-    return y.flatten(1)
-
-
-# A tile is [rows x key heads, query heads of one group, D]; padded to powers of two.
-@jit
-def _near(near_ptr, row, N, window, WINDOW: tl.constexpr):
-    """near [ROWS, 1, WINDOW] in float32."""
-    row, cols = row[:, None, None], tl.arange(0, WINDOW)[None, None, :]
-    inside = (row < N) & (cols < window)
-    return tl.load(near_ptr + row * window + cols, mask=inside, other=0.0).to(tl.float32)
-
-
-@jit
-def _gate(gate_ptr, kv, K, G, window, GROUP: tl.constexpr, WINDOW: tl.constexpr):
-    """The gate's weights [ROWS, GROUP, WINDOW] in float32."""
-    group, cols = tl.arange(0, GROUP)[None, :, None], tl.arange(0, WINDOW)[None, None, :]
-    kv = kv[:, None, None]
-    inside = (kv < K) & (group < G) & (cols < window)
-    at = gate_ptr + (kv * G + group) * window + cols
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@jit
-def _xsa_gate_forward(y_ptr, v_ptr, near_ptr, gate_ptr, out_ptr, N, scale, K, G, D, window,
-                      XSA: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr,
-                      HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-                      WINDOW: tl.constexpr):
-    r, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
-    row, kv, group = r // HEADS, r % HEADS, tl.arange(0, GROUP)[None, :, None]
-    inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
-    at = (row.to(tl.int64) * K + kv)[:, None, None]  # of [N K]
-    y_at, seen = (at * G + group) * D + cols, inside & (group < G)
-    y = tl.load(y_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
-    if XSA:
-        v = tl.load(v_ptr + at * D + cols, mask=inside, other=0.0).to(tl.float32)
-        v /= tl.maximum(tl.sqrt(tl.sum(v * v, 2)), 1e-12)[:, :, None]
-        y -= tl.sum(y * v, 2)[:, :, None] * v
-    if GATE:
-        logit = tl.sum(_near(near_ptr, row, N, window, WINDOW)
-                       * _gate(gate_ptr, kv, K, G, window, GROUP, WINDOW), 2)
-        y *= tl.sigmoid(scale * logit)[:, :, None]
-    tl.store(out_ptr + y_at, y.to(out_ptr.dtype.element_ty), mask=seen)
-
-
-# With the unit vector e = v / |v|, p = y.e and g = dout s: dy = g - (g.e) e, and for each query
-# head dv = -(p g + (g.e) y - 2 p (g.e) e) / |v|; dlogit = (dout . (y - p e)) s (1 - s) scale.
-@jit
-def _xsa_gate_backward(dout_ptr, y_ptr, v_ptr, near_ptr, gate_ptr, dy_ptr, dv_ptr, dnear_ptr,
-                       sums_ptr, N, scale, K, G, D, window, XSA: tl.constexpr, GATE: tl.constexpr,
-                       ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                       BLOCK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr):
-    lane, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, None, :]
-    kv, group = lane % HEADS, tl.arange(0, GROUP)[None, :, None]
-    if GATE:
-        gate = _gate(gate_ptr, kv, K, G, window, GROUP, WINDOW)
-        dgate = tl.zeros((ROWS, GROUP, WINDOW), dtype=tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N * HEADS, ROWS), tl.num_programs(0),
-                         num_stages=STAGES):
-        row = tile * (ROWS // HEADS) + lane // HEADS
-        inside = ((row < N) & (kv < K))[:, None, None] & (cols < D)
-        at = (row.to(tl.int64) * K + kv)[:, None, None]
-        y_at, seen = (at * G + group) * D + cols, inside & (group < G)
-        if GATE:
-            near = _near(near_ptr, row, N, window, WINDOW)
-        dy = tl.load(dout_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + y_at, mask=seen, other=0.0).to(tl.float32)
-        dot = tl.sum(dy * y, 2)
-        if XSA:
-            e = tl.load(v_ptr + at * D + cols, mask=inside, other=0.0).to(tl.float32)
-            shrink = 1.0 / tl.maximum(tl.sqrt(tl.sum(e * e, 2)), 1e-12)[:, :, None]
-            e *= shrink
-            p, q = tl.sum(y * e, 2), tl.sum(dy * e, 2)
-            dot -= p * q
-        if GATE:
-            s = tl.sigmoid(scale * tl.sum(near * gate, 2))
-            dlogit = (dot * s * (1.0 - s) * scale)[:, :, None]
-            dgate += dlogit * near
-            part = tl.reshape(dlogit * gate, (ROWS // HEADS, HEADS * GROUP, WINDOW))
-            part = tl.sum(part, 1)
-            token = (tile * (ROWS // HEADS) + tl.arange(0, ROWS // HEADS))[:, None]
-            near_cols = tl.arange(0, WINDOW)[None, :]
-            tl.store(dnear_ptr + token * window + near_cols, part.to(dnear_ptr.dtype.element_ty),
-                     mask=(token < N) & (near_cols < window))
-            dy *= s[:, :, None]
-        if XSA:
-            if GATE:
-                q *= s
-            p, q = p[:, :, None], q[:, :, None]
-            dv = -tl.sum(p * dy + q * y - 2.0 * p * q * e, 1)[:, None, :] * shrink
-            tl.store(dv_ptr + at * D + cols, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-            dy -= q * e
-        tl.store(dy_ptr + y_at, dy.to(dy_ptr.dtype.element_ty), mask=seen)
-    if GATE:
-        at = (tl.program_id(0) * ROWS + lane)[:, None, None] * GROUP + group
-        tl.store(sums_ptr + at * WINDOW + tl.arange(0, WINDOW)[None, None, :], dgate)
-
-
-def _xsa_sizes(y: Tensor, v: Tensor | None, near: Tensor, elements: int) -> tuple[dict, dict]:
-    """(sizes, tile) of a launch; without v every query head is a group of its own."""
-    (_N, H, D), K = y.shape, y.shape[1] if v is None else v.shape[1]
-    heads, group, block = (triton.next_power_of_2(n) for n in (K, H // K, D))
-    return (dict(K=K, G=H // K, D=D, window=near.shape[1]),
-            dict(HEADS=heads, ROWS=max(heads, elements // (group * block)), GROUP=group,
-                 BLOCK=block, WINDOW=triton.next_power_of_2(max(1, near.shape[1]))))
-
-
-@operator(lambda y, v, near, gate_w, scale: y.new_empty(y.shape[0], y.shape[1] * y.shape[2]))
-def xsa_gate_forward(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
-                     scale: float) -> Tensor:
-    """[N, H D]."""
-    sizes, tile = _xsa_sizes(y, v, near, 4096)
-    out = y.new_empty(y.shape[0], y.shape[1] * y.shape[2])
-    if len(y):
-        _xsa_gate_forward[triton.cdiv(len(y) * tile["HEADS"], tile["ROWS"]),](
-            *_dense(y, v, near, gate_w), out, len(y), scale, **sizes, XSA=int(v is not None),
-            GATE=int(gate_w is not None), **tile)
-    return out
-
-
-def _xsa_grads(dout, y, v, near, gate_w, scale):
-    _, tile = _xsa_sizes(y, v, near, 2048)
-    programs = _programs(y, triton.cdiv(y.shape[0] * tile["HEADS"], tile["ROWS"]))
-    return (y.new_empty(y.shape), y.new_empty(0) if v is None else v.new_empty(v.shape),
-            near.new_empty(near.shape),
-            y.new_empty(programs * tile["ROWS"] // tile["HEADS"], tile["HEADS"], tile["GROUP"],
-                        tile["WINDOW"], dtype=torch.float32))
-
-
-@operator(_xsa_grads)
-def xsa_gate_backward(dout: Tensor, y: Tensor, v: Tensor | None, near: Tensor,
-                      gate_w: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dy, dv, dnear, sums that add up to dgate_w [K, H / K, window], padded)."""
-    sizes, tile = _xsa_sizes(y, v, near, 2048)
-    outputs = _xsa_grads(dout, y, v, near, gate_w, scale)
-    if len(y):
-        _xsa_gate_backward[outputs[3].shape[0] * tile["HEADS"] // tile["ROWS"],](
-            *_dense(dout, y, v, near, gate_w), *outputs, len(y), scale, **sizes,
-            XSA=int(v is not None), GATE=int(gate_w is not None), STAGES=LOOP_STAGES, **tile)
-    return outputs
-
-
-def _xsa_save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _xsa_grad(ctx, dout):
-    y, v, near, gate_w = ctx.saved_tensors
-    dy, dv, dnear, sums = xsa_gate_backward(dout, y, v, near, gate_w, ctx.scale)
-    dgate = None
-    if gate_w is not None:
-        sizes, _ = _xsa_sizes(y, v, near, 2048)
-        dgate = sums.sum(0)[: sizes["K"], : sizes["G"], : sizes["window"]]
-        dgate = dgate.reshape(gate_w.shape).to(gate_w.dtype)
-    return (dy, None if v is None else dv, None if gate_w is None else dnear, dgate, None)
-
-
-xsa_gate_forward.register_autograd(_xsa_grad, setup_context=_xsa_save)
-
-
-def xsa_gate(y: Tensor, v: Tensor | None, near: Tensor, gate_w: Tensor | None,
-             scale: float) -> Tensor:
-    """xsa_gate_ref in one kernel."""
-    if not fused(y) or (v is None and gate_w is None):
-        return xsa_gate_ref(y, v, near, gate_w, scale)
-    return xsa_gate_forward(y, v, near, gate_w, scale)
 
 
 # ---- FlashAttention-4 (twin: attend_ref, §4)
@@ -1405,6 +1015,43 @@ class Segments:
         """(count, length) for each run of neighbours of equal length; read from the device once."""
         lengths = itertools.groupby(n for n in self.cu.diff().tolist() if n)
         return [(len(list(run)), length) for length, run in lengths]
+
+
+class Past:
+    """Keys and values of the earlier chunks of B documents that are read in step, C tokens at once.
+
+    kv [pass, 2, B, K, ring, D] holds the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they were when
+    they ran: no gradient enters them. Keys are rotated by their position in the document; products
+    see differences only, so the context slides along a document of any length, and in the ring the
+    order does not matter. After `seek` one forward runs the next chunk and stores what it adds."""
+
+    def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.C = cfg, cfg.ttt_chunk_size
+        self.ring = (cfg.ttt_eval_seq_len // self.C - 1) * self.C
+        shape = num_passes(cfg), 2, B, cfg.num_kv_heads, self.ring, cfg.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+    def seek(self, chunk: Tensor, rows: slice, reach: int) -> None:
+        """Chunk number `chunk` (on the device) of documents `rows` is next; `reach`, at most the
+        ring, is at least the tokens that are stored. Shapes depend on rows and reach alone."""
+        new = torch.arange(self.C, device=chunk.device)
+        at = chunk * self.C + new
+        self.rows, self.reach, self.place = rows, reach, at % max(self.ring, 1)
+        self.rope = rotation(at, self.cfg)
+        stored = torch.arange(reach, device=chunk.device) < chunk * self.C
+        seen = torch.cat((stored.expand(self.C, -1), new[:, None] >= new), dim=1)
+        self.mask = seen.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
+
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, C, H, D], k and v [b, C, K, D] -> y [b, C, H, D]; then k and v are stored."""
+        groups, new = k.shape[2], torch.stack((k, v)).transpose(2, 3)  # [2, b, K, C, D]
+        kv = self.kv[slot, :, self.rows]
+        k, v = torch.cat((kv[..., : self.reach, :], new), dim=3)
+        if self.ring:
+            kv.index_copy_(3, self.place, new.detach())
+        q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [b, K, H/K C, D]
+        y = F.scaled_dot_product_attention(q, k, v, self.mask)
+        return y.unflatten(2, (-1, self.C)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -1554,6 +1201,13 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     return tuple(found)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial RoPE: x [B, T, H, D]; cos, sin [T, R/2] rotate channels j < R/2 and j + R/2."""
+    half, cos, sin = cos.shape[-1], cos[:, None], sin[:, None]
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
 class AttentionParameters(nn.Module):
     """The small tensors of one attention layer; its matrices live in the banks."""
 
@@ -1579,8 +1233,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model, with ONE forward for training, evaluation, calibration and test-time training.
 
-    Two objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
-    document, `observe(name, x)` sees the input x of every matrix (calibration). The state dict is
+    Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
+    document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
+    before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
     #1855's: matrices in banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden], all stored
     [out, in]; masters are float32 and are cast once a forward to `dtype`.
     """
@@ -1624,21 +1279,22 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         at: Tensor | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
         With `at` [B, C] (positions) only those targets are scored: targets and result [B, C]."""
-        h = self.hidden(ids, segments, looped, lora)
+        h = self.hidden(ids, segments, looped, lora, past=past)
         if at is not None:
             h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
         cap, fused_ce = self.cfg.logit_softcap, self.cfg.fused_ce_enabled
         if fused_ce and lora is None:
             w = self.tok_emb.weight.to(h.dtype)
-            losses = linear_cross_entropy(h.flatten(0, 1), w, targets.flatten(), cap)
+            losses = softcap_cross_entropy(h.flatten(0, 1), targets.flatten(), cap, w)
         else:
             loss = softcap_cross_entropy if fused_ce else softcap_cross_entropy_ref
             losses = loss(self.head(h, lora).flatten(0, 1), targets.flatten(), cap)
@@ -1652,48 +1308,47 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        segments: "Segments",
+        segments: "Segments | None",
         looped: bool,
         lora: "Lora | None" = None,
         observe: Callable[[str, Tensor], None] | None = None,
+        past: "Past | None" = None,
     ) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
-        cfg, (B, T) = self.cfg, ids.shape
-        weights, skips = self.weights(), self.skip_parameters()
+        cfg, weights, skips = self.cfg, self.weights(), self.skip_parameters()
+        rope = self.rope[:, : ids.shape[1]] if past is None else past.rope
+        rope = rope.to(self.dtype).unbind()  # cos, sin
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
-        x0 = rms(x).flatten(0, 1)  # [N, d] from here on
-        a, m, b = x0, None, None  # the state is a + m; b the second lane, while there is one
-        stack, push = [], False
-        show = observe and (lambda name, x: observe(name, x.unflatten(0, (B, T))))
+        a = x0 = rms(x if past is None else x[:, 1:])
+        m, b, stack = None, None, []  # the state is a + m; b the second lane, while there is one
         for step in self.plans[looped]:
             block, (qkv, out, up, down) = self.blocks[step.layer], weights[step.layer]
             scale = 1 / math.sqrt(step.layer + 1) if cfg.ln_scale else 1.0
-            if step.lanes or (push and step.skip is not None):  # else the kernel adds m
-                a, m = a if m is None else a + m, None
-                if push:
-                    stack.append(a)
-                push, b = False, a if step.lanes and b is None else b
-            skip, lerp = (None, None) if step.skip is None else (stack.pop(), skips[step.skip])
+            skip, lerp = None, None
+            if m is not None and (step.lanes or step.skip == 0):  # else mix_norm adds m
+                a, m = a + m, None
+            if step.lanes and b is None:
+                b = a
+            if step.skip is not None:  # the last one pushed is the state itself
+                skip, lerp = stack.pop() if step.skip else a, skips[step.skip]
             if step.lanes and skip is not None:
-                a, skip = mix_skip(a, skip, lerp), None
-            a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale,
-                                     cfg.gate_window)
-            if push:
+                a, skip, lerp = mix_skip(a, skip, lerp), None, None
+            a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale, cfg.gate_window)
+            if step.push and step.slot:  # what the pass before this one put out
                 stack.append(a)
-            push = step.push
-            y = self.attention(step, n, near, qkv, out, segments, T, lora, show)
+            y = self.attention(step, n, near, (qkv, out), rope, past or segments, lora, observe)
             if b is None:
                 a, _, n, _ = mix_norm(u, y, scale=scale)
-                m = self.mlp(step, n, up, down, lora, show)
+                m = self.mlp(step, n, up, down, lora, observe)
             else:
                 n = mix_norm(b, scale=scale)[2]
-                m = self.mlp(step, n, up, down, lora, show)
+                m = self.mlp(step, n, up, down, lora, observe)
                 (a, b), m = self.mix_lanes(step.layer, a, b, y, m), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
-        h = mix_norm(a, m)[2].view(B, T, -1)
+        h = mix_norm(a, m)[2]
         if observe:
             observe("head", h)
         return h
@@ -1728,21 +1383,32 @@ class GPT(nn.Module):
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
 
-    def attention(self, step: Pass, n: Tensor, near: Tensor, qkv: Tensor, out: Tensor,
-                  segments: "Segments", T: int, lora: "Lora | None",
+    def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: tuple,
+                  segments: "Segments | Past", lora: "Lora | None",
                   observe: Callable | None) -> Tensor:
         """Grouped-query attention with XSA and the sparse gate, which sees `near`, the first
-        channels of n: n [N, d] -> [N, d], scaled."""
-        cfg, block, delta = self.cfg, self.blocks[step.layer], None
+        channels of n: n [B, T, d] -> [B, T, d], scaled."""
+        cfg, block, (qkv, out) = self.cfg, self.blocks[step.layer], matrices
+        H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        x, gain = F.linear(n, qkv), block.attn.q_gain.to(n.dtype)
         if lora is not None:
-            delta = [lora(role, step.slot, n) for role in "qkv"]
-            delta = torch.cat([part if isinstance(part, Tensor) else n.new_zeros(len(n), cfg.kv_dim)
-                               for part in delta], dim=1)
-        q, k, v = project_qkv(n, qkv, delta, block.attn.q_gain, self.rope, T, cfg.num_kv_heads)
-        y = self.attend(q, k, v, segments)
-        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
-        gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
-        y = xsa_gate(y, v if xsa else None, near, gate, cfg.sparse_attn_gate_scale)
+            parts = zip("qkv", x.split([H * D, K * D, K * D], dim=-1), strict=True)
+            x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
+        qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
+        qk = rotate(rms(qk), *rope) * torch.cat((gain, gain.new_ones(K)))[:, None]
+        q, k = qk.split([H, K], dim=2)
+        if isinstance(segments, Past):
+            y = segments.attend(step.slot, q, k, v)
+        else:
+            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
+        if step.layer >= cfg.num_layers - cfg.xsa_last_n:
+            y = y.unflatten(2, (K, -1))  # [B, T, K, H/K, D]
+            axis = F.normalize(v, dim=-1)[:, :, :, None]
+            y = (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
+        if cfg.sparse_attn_gate_enabled:
+            logit = F.linear(near, block.attn.attn_gate_w.to(n.dtype))
+            y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * logit)[..., None]
+        y = y.flatten(2)
         if observe:
             observe(f"attn.{step.layer}", n)
             observe(f"attn_out.{step.layer}", y)
@@ -1751,25 +1417,57 @@ class GPT(nn.Module):
 
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
-        """Squared LeakyReLU between up and down: n [N, d] -> [N, d], scaled."""
+        """Squared LeakyReLU between up and down: n [B, T, d] -> [B, T, d], scaled."""
         if observe:
             observe(f"mlp.{step.layer}", n)
             hidden = F.leaky_relu(F.linear(n, up), LEAKY_SLOPE).square()
             observe(f"mlp_hidden.{step.layer}", hidden)
-        y, scale = leaky_mlp(n, up, down, LEAKY_SLOPE), self.blocks[step.layer].mlp_scale
-        return y if lora is None else y + scale.to(y.dtype) * lora("mlp", step.slot, n)
+        y = leaky_mlp(n.flatten(0, 1), up, down, LEAKY_SLOPE).view_as(n)
+        if lora is not None:
+            y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
+        return y
 
 
 def rotary_table(cfg: Config) -> Tensor:
-    """cos and sin of position * base^(-2j/R), [2, positions, R/2], in float64 before rounding."""
-    dims = cfg.rope_dims or cfg.head_dim
+    """The rotation of every position that a packed row or a window can have."""
     longest = max(
         cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
         cfg.global_ttt_batch_seqs * cfg.eval_seq_len,
     )
-    rate = cfg.rope_base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = torch.arange(longest, dtype=torch.float64)[:, None] * rate
+    return rotation(torch.arange(longest), cfg)
+
+
+def rotation(at: Tensor, cfg: Config) -> Tensor:
+    """cos and sin of position * base^(-2j/R): at [T] -> [2, T, R/2], float64 before rounding."""
+    dims = cfg.rope_dims or cfg.head_dim
+    pair = torch.arange(0, dims, 2, dtype=torch.float64, device=at.device)
+    angle = at[:, None] * cfg.rope_base ** (-pair / dims)
     return torch.stack((angle.cos(), angle.sin())).float()
+
+
+class LowRank(torch.autograd.Function):
+    """scale x A^T B^T for x [b, T, in], A [b, r, in], B [b, out, r], in x's number type.
+
+    Written out for the gradients: those of A and B leave the products in their masters' type and
+    layout, without a pass over them for either."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        h = (x @ a.mT).mul_(scale)  # [b, T, r]
+        ctx.save_for_backward(x, a, b, h)
+        ctx.scale, ctx.master = scale, A.dtype
+        return h @ b.mT
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of x, A and B, given that of the result."""
+        x, a, b, h = ctx.saved_tensors
+        same = x.dtype == ctx.master
+        dh = (dy @ b).mul_(ctx.scale)
+        wide = {} if same or not x.is_cuda else {"out_dtype": ctx.master}
+        dA, dB = (torch.bmm(p.mT, q, **wide).to(ctx.master) for p, q in ((dh, x), (dy, h)))
+        return dh @ a, dA, dB, None
 
 
 class Lora(nn.Module):
@@ -1800,15 +1498,13 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [b T, in] -> [b T, out], or 0 for a role that is left out.
+        """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
 
-        The b parts of x belong to the documents `self.rows` of the batch."""
+        The b rows of x belong to the documents `self.rows` of the batch."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
-        a, b = self.A[key][self.rows].to(x.dtype), self.B[key][self.rows].to(x.dtype)
-        delta = x.view(len(a), -1, x.shape[-1]) @ a.mT @ b.mT * self.scale
-        return delta.view(*x.shape[:-1], -1)
+        return LowRank.apply(x, self.A[key][self.rows], self.B[key][self.rows], self.scale)
 
 
 def uniform_start(generator: torch.Generator) -> Callable[[Tensor], None]:
@@ -1872,7 +1568,10 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         A = x @ x.mT
-        x = a * x + (b * A + c * (A @ A)) @ x
+        if x.is_cuda and x.ndim == 3:  # the same in 3 launches instead of 8, and rounded less often
+            x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+        else:
+            x = a * x + (b * A + c * (A @ A)) @ x
     return x.mT if tall else x
 
 
@@ -1921,7 +1620,7 @@ class Optimisers:
         """One update from the .grad of all parameters, which it clears; returns the global norm."""
         grads, small = self.reduce_gradients()
         squares = self.square_norms(grads)
-        norm = torch.cat([*squares, *(g.square().sum()[None] for g in small)]).sum().sqrt()
+        norm = torch.cat([*squares, torch.stack(torch._foreach_norm(small)).square()]).sum().sqrt()
         if self.cfg.grad_clip_norm:
             clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads + small, clip)
@@ -1975,8 +1674,8 @@ class Optimisers:
         cfg, pending = self.cfg, []
         torch._foreach_mul_(self.momenta, momentum)
         torch._foreach_add_(self.momenta, grads)
-        for g, m, p in zip(grads, self.momenta, self.banks, strict=True):
-            update = g + momentum * m
+        updates = torch._foreach_add(grads, self.momenta, alpha=momentum)
+        for update, p in zip(updates, self.banks, strict=True):
             if cfg.muon_row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             update = orthogonalise(update, cfg.muon_backend_steps)
@@ -1991,7 +1690,7 @@ class Optimisers:
             if wait:
                 wait.wait()
             scale = math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))
-            p.mul_(1 - lr * cfg.muon_wd).sub_(update[: p.shape[0]].float(), alpha=lr * scale)
+            p.mul_(1 - lr * cfg.muon_wd).sub_(update[: p.shape[0]], alpha=lr * scale)
 
 
 class Ema:
@@ -2188,16 +1887,44 @@ def load_train(cfg: Config, rt: Runtime) -> TrainRows:
     return TrainRows(stream, cfg, rt)
 
 
-def check_tokenizer(cfg: Config) -> None:
-    """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash in the manifest."""
-    manifest_path = data_folder(cfg) / "manifest.json"
+def check_data(cfg: Config) -> str:
+    """The data's identity, for the log. Raises where its manifest says that this run cannot be
+    right: documents on both sides of the split, another validation file, another vocabulary."""
+    path = data_folder(cfg) / "manifest.json"
+    if not path.is_file():
+        check_tokenizer(cfg, path, {})
+        return (f"data: {path.parent}, no manifest: nothing says that the split is clean; see "
+                "prepare_caseops_data.py --audit")
     try:
-        manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-        told = dict(manifest.get("tokenizer", {}))
+        manifest = json.loads(path.read_text())
+        # Other tools' manifests have other contents: what is not told cannot be checked.
+        told, split, files, totals = (
+            part if isinstance(part := manifest.get(key), dict) else {}
+            for key in ("tokenizer", "split", "files", "totals"))
+        ends = int(split.get("val_end_document", 0)), split.get("train_first_document", math.inf)
+        overlap = bool(split.get("overlap")) or ends[0] > ends[1]
     except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{manifest_path}: not a manifest; prepare the data again") from None
+        raise UserError(f"{path}: not a manifest; prepare the data again") from None
+    check_tokenizer(cfg, path, told)
+    if overlap and not cfg.ttt_eval_only:
+        raise UserError(f"{path}: validation documents are also training documents (val up to "
+                        f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
+    for name, entry in files.items():
+        file, digest = path.parent / name, entry.get("sha256") if isinstance(entry, dict) else None
+        if (digest and "_val_" in name and file.is_file()
+                and hashlib.sha256(file.read_bytes()).hexdigest() != digest):
+            raise UserError(f"{file}: not the file that {path.name} was written with, so training "
+                            "may hold its documents; prepare the data again, or see --audit of "
+                            "prepare_caseops_data.py")
+    return (f"data: {path.parent} manifest sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} "
+            f"{json.dumps(totals)} training documents equal to a validation document: "
+            f"{split.get('train_documents_equal_to_validation', 'not known')}")
+
+
+def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
+    """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash that is `told`."""
     if told.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise UserError(f"{manifest_path}: made with a vocabulary of {told['vocab_size']}, but "
+        raise UserError(f"{manifest}: made with a vocabulary of {told['vocab_size']}, but "
                         f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={told['vocab_size']}")
     if not cfg.tokenizer_path:
         return
@@ -2214,7 +1941,7 @@ def check_tokenizer(cfg: Config) -> None:
         raise UserError(f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if told.get("sha256", digest) != digest:
-        raise UserError(f"{path}: not the tokenizer that made {manifest_path.parent}: its sha256 "
+        raise UserError(f"{path}: not the tokenizer that made {manifest.parent}: its sha256 "
                         f"is {digest[:16]}..., the manifest says {told['sha256'][:16]}...")
 
 
@@ -2807,21 +2534,38 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
-WINDOW_TOKENS = 65536  # of one forward: bounds the memory; documents do not touch each other
+WINDOW_TOKENS = 131072  # of one forward: bounds the memory; documents do not touch each other
 
 
 class Window(NamedTuple):
     """One chunk of some documents of a batch, planned: what is read, what is scored, who trains."""
 
     rows: slice  # which documents of the batch
-    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end
-    at: Tensor  # [b, C] positions of the chunk's targets in the context
+    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end, or Past's [b, 1 + C]
+    at: Tensor  # [b, C] positions of the chunk's targets in the context, or the chunk's number
     targets: Tensor  # [b, C]
     sizes: Tensor  # [b, C] original bytes
     mask: Tensor  # [b, C] which targets exist
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
+    reach: int = 0  # tokens in Past that are looked at
+
+
+def shape_step(cfg: Config, device: torch.device) -> int:
+    """What widths are rounded up to: a GPU records every shape, and gets about five."""
+    chunks = cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    return max(1, chunks // 5) * cfg.ttt_chunk_size if device.type == "cuda" else 1
+
+
+def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.device) -> int:
+    """Documents that run: those with a target in the chunk, the batch's last; on a GPU up to twice
+    as many, the batch over a power of 2, for fewer shapes."""
+    need = int((counts > chunk * cfg.ttt_chunk_size).sum())
+    rows = len(counts) if device.type == "cuda" else need
+    while rows // 2 >= need:
+        rows //= 2
+    return rows
 
 
 def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
@@ -2829,28 +2573,56 @@ def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
     """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
 
     Batches rise in length, so the documents that reach the chunk are the last ones."""
-    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
-    first = next(i for i, doc in enumerate(batch) if doc.targets > chunk * C)
-    for row in range(first, len(batch), step):
+    rows = running_rows(np.array([doc.targets for doc in batch]), chunk, cfg, device)
+    for row in range(len(batch) - rows, len(batch), step):
         docs = batch[row : row + step]
         ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
         starts = [max(0, end - most) for end in ends]
         width = max(end - start for start, end in zip(starts, ends, strict=True))
+        width = min(-(-width // unit) * unit, most)
         ids = np.zeros((len(docs), width), np.int64)
         at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
         for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
-            begin, n = doc.begin + chunk * C, end - chunk * C
+            begin, n = doc.begin + chunk * C, max(0, end - chunk * C)
             ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-            at[b, :n] = np.arange(chunk * C - start, end - start)
+            at[b, :n] = np.arange(end - start - n, end - start)
             targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
             sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
             mask[b, :n] = 1
         trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
         arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-        tensors = (torch.from_numpy(x).to(device) for x in arrays)
-        rows = slice(row, row + len(docs))
-        yield Window(rows, *tensors, bool(trains.any()), int(mask.sum()))
+        tensors = (upload(x, device) for x in arrays)
+        where = slice(row, row + len(docs))
+        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()))
+
+
+def upload(x: np.ndarray, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what the device is doing."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
+                device: torch.device) -> Iterator[Window]:
+    """The same chunks for an adapter that runs every token once: one window each, in turn."""
+    C, unit = cfg.ttt_chunk_size, max(cfg.ttt_chunk_size, shape_step(cfg, device))
+    counts = np.array([doc.targets for doc in batch])
+    chunks = -(-int(counts[-1]) // C)
+    text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
+    for b, doc in enumerate(batch):
+        for x, source in zip(text, val, strict=True):
+            x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
+    (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
+    left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
+    for chunk in range(chunks):
+        at = chunk * C
+        rows = slice(len(batch) - running_rows(counts, chunk, cfg, device), len(batch))
+        new, late = slice(at + 2, at + C + 2), left[rows] - at
+        yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
+                     sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
+                     int((counts - at).clip(0, C).sum()), -(-at // unit) * unit)
 
 
 class Scored:
@@ -2866,26 +2638,31 @@ class Adapter:
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
         self.forward, self.cfg, self.rt = forward, cfg, rt
-        self.lora = Lora(cfg, batch, rt.device, init)
+        self.lora, self.graphs, self.pool = Lora(cfg, batch, rt.device, init), {}, None
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
+            capturable=rt.device.type == "cuda",
         )
 
-    def reset(self) -> None:
-        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says."""
-        self.lora.reset(warm=self.cfg.ttt_warm_start_a)
-        self.optimiser.state.clear()
+    def reset(self, anew: bool = False) -> None:
+        """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says unless all
+        is to be as new. In place: recorded graphs know the addresses."""
+        self.lora.reset(warm=self.cfg.ttt_warm_start_a and not anew)
+        for moments in self.optimiser.state.values():
+            for x in moments.values():
+                x.zero_()
+
+    def losses(self, window: Window) -> Tensor:
+        """Of every target of the window [b, C], by one forward over the whole of it."""
+        segments = Segments.batch(*window.ids.shape, window.ids.device)
+        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at)
 
     def score(self, window: Window, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
         self.lora.rows = window.rows
         with torch.set_grad_enabled(window.updates):
-            B, T = window.ids.shape
-            segments = Segments.batch(B, T, window.ids.device)
-            losses = self.forward(
-                window.ids, window.targets, segments, True, self.lora, window.at
-            )
+            losses = self.losses(window)
         meter.add(losses, window.sizes, window.mask)
         return Scored(losses, window)
 
@@ -2898,21 +2675,119 @@ class Adapter:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        """For every chunk of a batch its windows, usually one."""
+        for chunk in range(-(-batch[-1].targets // self.cfg.ttt_chunk_size)):
+            yield list(plan_windows(batch, chunk, val, self.cfg, self.rt.device))
+
+    def run(self, windows: list[Window], meter: Meter) -> None:
+        """A chunk: every window scored, then learnt from; then one step."""
+        for window in windows:
+            scored = self.score(window, meter)
+            if window.updates:
+                self.learn(scored)
+        if any(window.updates for window in windows):
+            self.step()
+
+    def replay(self, windows: list[Window], meter: Meter) -> None:
+        """`run`, on CUDA with COMPILE=1 as a graph: a shape runs at once when it is first met, is
+        recorded when it comes again, and replayed from then on. Nothing is compiled, and no kernel
+        waits for the host."""
+        window, *more = windows
+        key = meter, window.rows.start, window.ids.shape, window.updates, window.reach
+        if more or self.rt.device.type != "cuda" or not self.cfg.compile:
+            self.run(windows, meter)
+        elif key not in self.graphs:
+            self.graphs[key] = None
+            self.run(windows, meter)
+        else:
+            if self.graphs[key] is None:
+                still = window._replace(**{n: x.clone() for n, x in window._asdict().items()
+                                           if isinstance(x, Tensor)})
+                graph = torch.cuda.CUDAGraph()
+                gc.collect()  # what is left of the first run is bound to another stream
+                # NCCL's own thread may ask for events meanwhile: not this thread's error
+                with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                    self.run([still], meter)
+                self.graphs[key], self.pool = (graph, still), graph.pool()
+            graph, still = self.graphs[key]
+            for x, new in zip(still, window, strict=True):
+                if isinstance(x, Tensor):
+                    x.copy_(new)
+            graph.replay()
+
+
+class Streamed(Adapter):
+    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past.
+
+    The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
+
+    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
+        super().__init__(forward, cfg, rt, batch, init)
+        self.past = Past(cfg, batch, rt.device, rt.dtype)
+
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
+        """One window a chunk; far into a document all of the ring is looked at."""
+        for window in plan_stream(batch, val, self.cfg, self.rt.device):
+            yield [window._replace(reach=min(window.reach, self.past.ring))]
+
+    def losses(self, window: Window) -> Tensor:
+        """Of the chunk alone, which sees the chunks before it."""
+        self.past.seek(window.at, window.rows, window.reach)
+        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
+
 
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are learnt from."""
-    size = adapter.cfg.ttt_chunk_size
-    for chunk in range(-(-batch[-1].targets // size)):
-        learnt = False
-        for window in plan_windows(batch, chunk, val, adapter.cfg, adapter.rt.device):
-            scored = adapter.score(window, meter)
-            if window.updates:
-                adapter.learn(scored)
-                learnt = True
-            advance(window.count)
-        if learnt:
-            adapter.step()
+    for windows in adapter.plan(batch, val):
+        adapter.replay(windows, meter)
+        advance(sum(window.count for window in windows))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients pass through the base weights and none of the weights' own is computed."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
+
+
+def planned_cost(batch: list[Document], cfg: Config) -> int:
+    """Tokens that a batch runs through the model, up to a factor: what its time is taken to be."""
+    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    chunks = [-(-doc.targets // C) for doc in batch]
+    if cfg.ttt_stream:  # in step: the longest document's chunks
+        return max(chunks)
+    short = [min(n, most) for n in chunks]  # windows grow by a chunk up to TTT_EVAL_SEQ_LEN
+    return sum(k * (k + 1) // 2 + (n - k) * most for k, n in zip(short, chunks, strict=True))
+
+
+def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
+         world: int) -> list[list[list[int]]]:
+    """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
+
+    A free rank takes the next batch, and a round ends where the batches completed hold the
+    boundary's documents (those begun are finished first): #1855's queue, played through with
+    planned costs instead of clocks, so that a run can be repeated."""
+    left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
+    while left:
+        hands = [[] for _ in range(world)]
+        free = [(0, rank, 0) for rank in range(world)]  # (when, who, documents completed then)
+        while left:
+            now, rank, count = heapq.heappop(free)
+            done += count
+            if count and limits and done >= limits[0]:
+                break
+            hands[rank].append(left.pop())
+            batch = batches[hands[rank][-1]]
+            heapq.heappush(free, (now + planned_cost(batch, cfg), rank, len(batch)))
+        done += sum(count for _, _, count in free)
+        limits = limits[1:]
+        rounds.append(hands)
+    return rounds
 
 
 class ScoreProgress:
@@ -2983,35 +2858,33 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
                  init: Callable | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
-    Batches are dealt to the ranks in turn, longest first: neighbours in length run side by side, so
-    that all ranks together idle less than one longest batch (#1855: a queue in a file, another
-    order every run). At a boundary all ranks have scored what the plan says and train on that.
-    """
+    At a boundary all ranks have scored what the plan says and train on that."""
     init = init or uniform_start(rt.generator(cfg.seed + rt.rank))
     documents = [Document(*d) for d in val.documents()]
     batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries, meter, adapter, done = phase_boundaries(cfg, len(documents)), Meter(rt), None, 0
-    mine = (doc.targets for batch in batches[::-1][rt.rank :: rt.world] for doc in batch)
-    advance = ScoreProgress(sum(mine), meter, rt)
-    for top in range(len(batches) - 1, -1, -rt.world):
-        numbers = range(top, max(top - rt.world, -1), -1)  # this round, longest first
-        done += sum(len(batches[number]) for number in numbers)
-        if rt.rank < len(numbers):
-            batch = batches[numbers[rt.rank]]
-            if len(batch) != cfg.ttt_batch_size:
-                used = Adapter(forwards.windows, cfg, rt, len(batch), init)
-            elif adapter is None:
-                used = adapter = Adapter(forwards.windows, cfg, rt, len(batch), init)
+    boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
+    rounds = deal(batches, boundaries, cfg, rt.world)
+    mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
+    advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
+    for hands in rounds:
+        for number in hands[rt.rank]:
+            batch = batches[number]
+            if adapter is None or len(batch) != cfg.ttt_batch_size:
+                used = make(forwards.windows, cfg, rt, len(batch), init)
+                adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
                 used.reset()
-            score_batch(used, batch, val, meter, advance)
-        if boundaries and done >= boundaries[0] and numbers[-1] > 0:
-            scored = [doc for batch in batches[numbers[-1] :] for doc in batch][: boundaries[0]]
+            with frozen(model):
+                score_batch(used, batch, val, meter, advance)
+        first = min(number for hand in hands for number in hand)
+        if first and boundaries:
+            scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
             steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
-            adapter = None  # adapters and their optimiser are made anew
+            if adapter:
+                adapter.reset(anew=True)
     advance.bar.close()
     return meter.result()
 
@@ -3310,9 +3183,10 @@ def run(environ: Mapping[str, str]) -> None:
     rt.open_log(Path(cfg.artifact_dir or "logs") / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
-    check_tokenizer(cfg)
+    identity = check_data(cfg)
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
     log_header(cfg, rt, attention)
+    rt.log(identity)
     model = make_model(cfg, rt, attention)
     forwards = make_forwards(model, cfg, rt)
     if not cfg.ttt_eval_only:

@@ -14,7 +14,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
 
-N, d, H, K, D, HIDDEN, V = int(os.environ.get("ROWS", 98304)), 512, 8, 4, 64, 2048, 8192
+N, d, HIDDEN, V = int(os.environ.get("ROWS", 98304)), 512, 2048, 8192
 
 
 def tensor(*shape: int, dtype=torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
@@ -54,13 +54,7 @@ def main() -> None:
         ("add + norm", (a, m, None, None, None, None, 0.5, 0), (4, 4)),
     ):
         measure(name, t.mix_norm, t.mix_norm_ref, inputs, units)
-    n, w = tensor(N, d), tensor((H + 2 * K) * D, d, scale=d**-0.5)
-    gain, rope = tensor(H, **f32), torch.randn(2, N, 8, device="cuda")
-    measure("qkv product + rope", t.project_qkv, t.project_qkv_ref,
-            (n, w, None, gain, rope, N, K), (6, 8.5))
-    y, v, near, gate = tensor(N, H, D), tensor(N, K, D), tensor(N, 12), tensor(H, 12, **f32)
-    measure("XSA + gate", lambda *x: [t.xsa_gate(*x)], lambda *x: [t.xsa_gate_ref(*x)],
-            (y, v, near, gate, 0.5), (2.5, 4))
+    n = tensor(N, d)
     up, down = tensor(HIDDEN, d, scale=d**-0.5), tensor(d, HIDDEN, scale=HIDDEN**-0.5)
     measure("MLP", lambda *x: [t.leaky_mlp(*x)], None, (n, up, down, 0.5), (14, 30))
     z, targets = tensor(N, V, scale=5), torch.randint(V, (N,), device="cuda")

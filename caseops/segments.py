@@ -270,8 +270,8 @@ def _neighbours(pieces):
     """The pairs of classes that stand side by side in a piece: s space, a letter, 0 digit, x."""
     found = set()
     for piece in pieces:
-        named = "".join("s" if c == SPACE_MARK else "a" if "a" <= c.lower() <= "z" else
-                        "0" if "0" <= c <= "9" else "x" for c in piece)
+        named = "".join("s" if c == SPACE_MARK else "x" if not (c.isascii() and c.isalnum()) else
+                        "a" if c.isalpha() else "0" for c in piece)
         found.update(named[i:i + 2] for i in range(len(named) - 1))
     return found
 
@@ -282,8 +282,8 @@ class SegmentCache:
     `sp` is the SentencePieceProcessor of `model` (bytes); `exact(data)` -> (ids, counts), two int
     arrays, encodes one transformed text (UTF-8); `keeps_marks`: U+2581 is not white space to this
     tokenizer, so text that holds it is not taken. After a batch the cache is emptied if it holds
-    more than `limit` segments (some 80 bytes each). Raises ValueError for a tokenizer that the cuts
-    are not exact for.
+    more than `limit` segments (at most 300 bytes each). Raises ValueError for a tokenizer that the
+    cuts are not exact for.
     """
 
     def __init__(self, sp, model, exact, keeps_marks=False, limit=1 << 20):
@@ -344,7 +344,8 @@ class SegmentCache:
         parts = [text.encode() for text in texts]
         joined = b"".join(parts)
         data, begins = np.frombuffer(joined, np.uint8), np.cumsum([0, *map(len, parts)])
-        found, fresh = np.empty(len(data), np.int64), np.empty((len(data), 3), np.int64)
+        found = np.empty(len(data), np.int32)
+        fresh = np.empty((min(len(data), 1 << 18), 3), np.int64)
         while True:
             self._used[1] = 0
             room, fates, ends = _scan(data, begins, self._kinds, self._shape,

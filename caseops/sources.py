@@ -1,64 +1,108 @@
-"""Where documents come from: files of JSON lines, and a demo corpus that every machine has."""
+"""Where documents come from: JSON lines (plain, .gz, .zst, .xz, standard input) and Parquet.
 
-import ast
+A file is what its first bytes say, whatever its name. It is read once, in order, in chunks of
+about 1 MB that hold whole documents; what is in a chunk is looked at by whoever encodes it.
+"""
+
 import codecs
+import contextlib
 import dataclasses
 import hashlib
 import importlib
-import inspect
+import itertools
 import json
-import platform
-import random
-import re
+import lzma
 import sys
-import sysconfig
-import tokenize
-import types
-import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from caseops import UserError
-from caseops.shards import write_whole
+
+CHUNK_BYTES = 1 << 20  # a chunk is at most this, one block and the rest of a document
+BLOCK_BYTES = 1 << 18
+PACKED_BYTES = 1 << 14  # given to a decompressor at a time: 1 MB of it could become gigabytes
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+
+
+class DocumentProblem(UserError):
+    """A document that cannot be one. `path` is its file."""
+
+    def __init__(self, message, path=None):
+        super().__init__(message)
+        self.path = path
 
 
 @dataclasses.dataclass
 class Document:
-    """One document: its text, size in UTF-8 bytes, and line in the input (from 1)."""
+    """One document: its text, size in UTF-8 bytes, and line (or row) in its file (from 1)."""
 
     text: str
     size: int
     line: int
 
 
-class DocumentFile:
-    """The documents of a JSON-lines file, in order, each time it is iterated.
+@dataclasses.dataclass
+class Chunk:
+    """Consecutive documents of one file as they were read.
 
-    Raises UserError, naming file and line, for a line that cannot be a document. After a whole
-    pass `sha256` is the file's digest; `position` is the number of bytes read so far.
+    `first` is the number of the first line or row. `held_out`: they are validation documents.
+    `position` (bytes) and `fingerprint` tell how much of the input had been read, and what.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; give --docs a JSON-lines file, or build one "
-                            "with --demo DIR")
-        self.size = self.path.stat().st_size
-        self.position, self.sha256 = 0, None
+    path: str
+    first: int
+    data: bytes
+    held_out: bool = False
+    position: int = 0
+    fingerprint: str = ""
+    column: str = "text"
+
+    def reject(self, number, reason):
+        """Raise DocumentProblem for the document at line or row `number`."""
+        raise DocumentProblem(f"{self.path}:{self.unit}{number}: {reason}; mend or remove this "
+                              f"{self.noun}", self.path) from None
+
+    def _document(self, value, number):
+        if not isinstance(value, str):
+            self.reject(number, f'"{self.column}" must be a string, not {type(value).__name__}')
+        try:
+            return Document(value, len(value.encode()), number)
+        except UnicodeEncodeError as e:
+            self.reject(number, f"a lone surrogate (U+{ord(value[e.start]):04X}, "
+                                f"character {e.start} of the text)")
+
+
+class Lines(Chunk):
+    """JSON lines: a string, or an object with a string `column`, a line."""
+
+    unit, noun = "", "line"
 
     def _lines(self):
-        digest = hashlib.sha256()
-        self.position = 0
-        with open(self.path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                self.position += len(line)
-                digest.update(line)
-                bare = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
-                if bare:
-                    yield number, bare
-        self.sha256 = digest.hexdigest()
+        start = 0
+        for number, line in enumerate(self.data.split(b"\n"), self.first):
+            start += len(line) + 1
+            bare = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
+            if bare:
+                yield number, bare, start
 
-    def __iter__(self):
-        return (self._parse(number, line) for number, line in self._lines())
+    def count(self):
+        """How many documents there are; the lines are not looked into."""
+        return sum(1 for _ in self._lines())
+
+    def cut(self, n):
+        """Two chunks: the first `n` documents, and the rest."""
+        for i, (number, _, end) in enumerate(self._lines(), 1):
+            if i == n:
+                return (dataclasses.replace(self, data=self.data[:end]),
+                        dataclasses.replace(self, data=self.data[end:], first=number + 1))
+        raise IndexError(n)
+
+    def parse(self):
+        """Iterate over the Documents. Raises DocumentProblem."""
+        for number, line, _ in self._lines():
+            yield self._parse(number, line)
 
     def _parse(self, number, line):
         try:
@@ -70,131 +114,318 @@ class DocumentFile:
         except (ValueError, RecursionError) as e:  # a number or a nesting beyond Python's limits
             self.reject(number, f"not JSON that can be read ({e})")
         if isinstance(value, dict):
-            if "text" not in value:
-                self.reject(number, 'the object has no "text"')
-            value = value["text"]
-            if not isinstance(value, str):
-                self.reject(number, f'"text" must be a string, not {type(value).__name__}')
+            if self.column not in value:
+                self.reject(number, f'the object has no "{self.column}"')
+            value = value[self.column]
         elif not isinstance(value, str):
-            self.reject(number, f'{type(value).__name__}, where an object with "text" or a string '
-                                "was expected")
-        try:
-            return Document(value, len(value.encode()), number)
-        except UnicodeEncodeError as e:
-            self.reject(number, f"a lone surrogate (U+{ord(value[e.start]):04X}, "
-                                f"character {e.start} of the text)")
+            self.reject(number, f'{type(value).__name__}, where an object with "{self.column}" or '
+                                "a string was expected")
+        return self._document(value, number)
 
-    def reject(self, line, reason):
-        """Raise the UserError for one line of this file."""
-        raise UserError(f"{self.path}:{line}: {reason}; mend or remove this line") from None
+
+class Rows(Chunk):
+    """Rows of a Parquet file: an Arrow stream of one record batch with the text column."""
+
+    unit, noun = "row ", "row"
+
+    def _batch(self):
+        return require("pyarrow").ipc.open_stream(self.data).read_next_batch()
+
+    def count(self):
+        """How many documents there are."""
+        return self._batch().num_rows
+
+    def cut(self, n):
+        """Two chunks: the first `n` documents, and the rest."""
+        batch = self._batch()
+        return (dataclasses.replace(self, data=arrow_stream(batch.slice(0, n))),
+                dataclasses.replace(self, data=arrow_stream(batch.slice(n)), first=self.first + n))
+
+    def parse(self):
+        """Iterate over the Documents. Raises DocumentProblem."""
+        for number, cell in enumerate(self._batch().column(0), self.first):
+            try:
+                value = cell.as_py()
+            except UnicodeDecodeError as e:
+                self.reject(number, f"not UTF-8 ({e.reason} at byte {e.start} of the text)")
+            yield self._document(value, number)
+
+
+def arrow_stream(batch):
+    """A record batch as bytes."""
+    arrow = require("pyarrow")
+    sink = arrow.BufferOutputStream()
+    with arrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def require(module):
+    """Import an optional package. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs {module.split('.')[0]}; pip install -r "
+                        "requirements-data.txt") from None
+
+
+# ---- file formats --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A compression: the file's first bytes, a fresh decompressor, and its error."""
+
+    name: str
+    magic: bytes
+    machine: Callable[[], Any]
+    error: Callable[[], type]
+
+
+PACKINGS = (
+    Packing("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(31), lambda: zlib.error),
+    Packing("zstd", b"\x28\xb5\x2f\xfd", lambda: require("zstandard").ZstdDecompressor(
+        max_window_size=1 << 31).decompressobj(), lambda: require("zstandard").ZstdError),
+    Packing("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor, lambda: lzma.LZMAError))
+PARQUET = b"PAR1"
+
+
+def packing_of(head):
+    """The Packing of a file that begins with `head`, or None."""
+    return next((p for p in PACKINGS if head.startswith(p.magic)), None)
+
+
+def find_files(paths):
+    """The files of `paths`, in order; a directory stands for the ones in it that have one of
+    SUFFIXES, sorted by name. "-" is standard input. Raises UserError."""
+    found = []
+    for path in map(str, paths):
+        if path == "-":
+            if len(paths) > 1:
+                raise UserError("--docs -: standard input cannot be mixed with files; give one")
+            found.append(path)
+        elif Path(path).is_dir():
+            inside = sorted(str(p) for p in Path(path).iterdir()
+                            if p.name.endswith(SUFFIXES) and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: a directory without files that end in "
+                                f"{', '.join(SUFFIXES)}; give --docs a file")
+            found += inside
+        elif Path(path).is_file():
+            found.append(path)
+        elif Path(path).exists():
+            raise UserError(f"{path}: not a regular file; pipe it in with --docs -")
+        else:
+            raise UserError(f"{path}: no such file; give --docs a JSON-lines file, or build one "
+                            "with --demo DIR")
+    return found
+
+
+class Source:
+    """The documents of one or more files, in order, each time it is iterated.
+
+    `size` is the number of bytes of all files, None for standard input; `position` how many have
+    been read. After a whole pass `digests` holds the sha256 of every file as it lies on the disk.
+    Raises UserError for a file that is damaged, and for a document that cannot be one.
+    """
+
+    def __init__(self, paths, column="text"):
+        self.paths = find_files([paths] if isinstance(paths, str | Path) else paths)
+        self.column, self.rereadable = column, self.paths != ["-"]
+        self.name = "standard input" if not self.rereadable else self.paths[0] \
+            if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        self.sizes = [Path(p).stat().st_size for p in self.paths] if self.rereadable else []
+        self.size = sum(self.sizes) if self.rereadable else None
+        self._packed, self._damage = set(), {}
+        self._start()
+        for path in self.paths if self.rereadable else []:  # a missing package shows at once
+            with open(path, "rb") as f:
+                head = f.read(8)
+            if packing := packing_of(head):
+                packing.machine()
+            elif head.startswith(PARQUET):
+                self._open_parquet(path)
+
+    def _start(self):
+        self.position, self.digests, self._digest = 0, [], hashlib.sha256()
+
+    def chunks(self, held_out=0):
+        """Iterate over the Chunks; one of them ends with document number `held_out`."""
+        self._start()
+        return self._chunks(held_out)
+
+    def _chunks(self, left):
+        for path in self.paths:
+            for chunk in self._file_chunks(path):
+                parts = [chunk]
+                if left:
+                    found = chunk.count()
+                    parts = chunk.cut(left) if found > left else parts
+                    parts[0].held_out = True
+                    left -= min(found, left)
+                for part in parts:
+                    part.position, part.fingerprint = self.position, self._fingerprint()
+                    part.column = self.column
+                    yield part
+            self.digests.append(self._digest.hexdigest())
+            self._digest = hashlib.sha256()
+
+    def __iter__(self):
+        return (document for chunk in self.chunks() for document in chunk.parse())
 
     def count(self, at_most):
-        """How many documents there are, up to `at_most`; the lines are not looked into."""
-        return sum(1 for _ in zip(range(at_most), self._lines(), strict=False))
+        """How many documents there are, up to `at_most`; they are not looked into."""
+        found = 0
+        for chunk in self.chunks():
+            found += chunk.count()
+            if found >= at_most:
+                return at_most
+        return found
+
+    def explain(self, problem, chunks):
+        """The error to show for a DocumentProblem: nonsense in a compressed file can come of
+        damage that only its checksum tells, so read `chunks`, an iterator, to the file's end."""
+        if problem.path in self._packed:
+            with contextlib.suppress(UserError):
+                for chunk in chunks:
+                    if chunk.path != problem.path:
+                        break
+        return self._damage.get(problem.path, problem)
+
+    def _fingerprint(self):
+        return hashlib.sha256("".join([*self.digests, self._digest.hexdigest()]).encode()) \
+            .hexdigest()
+
+    def _file_chunks(self, path):
+        name = path if self.rereadable else "standard input"
+        with open(path if self.rereadable else sys.stdin.fileno(), "rb",
+                  closefd=self.rereadable) as f:
+            blocks = self._blocks(f)
+            first = next(blocks, b"")
+            if first.startswith(PARQUET):
+                if not self.rereadable:
+                    raise UserError("standard input: Parquet cannot be read from a pipe; give "
+                                    "--docs the file")
+                yield from self._rows(path)
+                return
+            stream = itertools.chain([first], blocks)
+            if packing := packing_of(first):
+                self._packed.add(name)
+                stream = self._unpacked(name, stream, packing)
+            yield from line_chunks(name, stream)
+
+    def _blocks(self, f):
+        while block := f.read(BLOCK_BYTES):
+            self.position += len(block)
+            self._digest.update(block)
+            yield block
+
+    def _unpacked(self, name, blocks, packing):
+        machine, read = None, 0
+        for block in blocks:
+            for start in range(0, len(block), PACKED_BYTES):
+                data = block[start:start + PACKED_BYTES]
+                size = len(data)
+                while data:
+                    machine = machine or packing.machine()
+                    try:
+                        out = machine.decompress(data)
+                    except packing.error() as e:
+                        self._fail(name, f"damaged {packing.name} data in the {size:,} bytes after "
+                                         f"byte {read:,} ({e})")
+                    data = b""
+                    if machine.eof:  # another may follow, or zeros that fill up a tape's block
+                        data, machine = machine.unused_data.lstrip(b"\0"), None
+                    yield out
+                read += size
+        if machine is not None:
+            self._fail(name, f"the {packing.name} data break off at byte {read:,}, the file's end")
+
+    def _fail(self, name, reason):
+        self._damage[name] = UserError(f"{name}: {reason}; fetch the file again")
+        raise self._damage[name] from None
+
+    def _open_parquet(self, path):
+        arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+        try:
+            file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES,
+                                       page_checksum_verification=True)
+        except (arrow.ArrowException, OSError) as e:
+            raise UserError(f"{path}: damaged Parquet file, its footer cannot be read "
+                            f"({first_line(e)}); fetch the file again") from None
+        schema = file.schema_arrow
+        if self.column not in schema.names:
+            raise UserError(f"{path}: no column {self.column!r}; give --text-column one of "
+                            f"{', '.join(schema.names)}")
+        kind = schema.field(self.column).type
+        if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+            raise UserError(f"{path}: column {self.column!r} holds {kind}, not strings; give "
+                            "--text-column another one")
+        return file
+
+    def _rows(self, path):
+        arrow = require("pyarrow")
+        file = self._open_parquet(path)
+        with open(path, "rb") as f:  # rows are not read in the order of the bytes
+            self._digest = hashlib.file_digest(f, "sha256")
+        begin, size, row = sum(self.sizes[:len(self.digests)]), Path(path).stat().st_size, 1
+        for group in range(file.num_row_groups):
+            try:
+                for batch in file.iter_batches(256, [group], [self.column], use_threads=False):
+                    for part in halves(batch):
+                        yield Rows(path, row, arrow_stream(part))
+                        row += part.num_rows
+                    self.position = begin + size * (row - 1) // max(file.metadata.num_rows, 1)
+            except (arrow.ArrowException, OSError) as e:
+                raise UserError(f"{path}: damaged Parquet data in row group {group}, after row "
+                                f"{row - 1} ({first_line(e)}); fetch the file again") from None
+        self.position = begin + size
+
+
+def first_line(error):
+    """An error's own words, without the lines that follow the first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def halves(batch):
+    """Cut a record batch into ones of at most CHUNK_BYTES, or of one row."""
+    if batch.num_rows < 2 or batch.nbytes <= CHUNK_BYTES:
+        yield batch
+    else:
+        middle = batch.num_rows // 2
+        yield from halves(batch.slice(0, middle))
+        yield from halves(batch.slice(middle))
+
+
+def line_chunks(path, blocks):
+    """Cut an iterator of bytes into Lines chunks of whole lines."""
+    number, parts, size, complete = 1, [], 0, False
+    for block in blocks:
+        parts.append(block)
+        size += len(block)
+        complete = complete or b"\n" in block
+        if complete and size >= CHUNK_BYTES:  # a line of gigabytes is not joined at every block
+            data = b"".join(parts)
+            end = data.rfind(b"\n") + 1
+            yield Lines(path, number, data[:end])
+            number += data.count(b"\n", 0, end)
+            parts, size, complete = [data[end:]], len(data) - end, False
+    if data := b"".join(parts):
+        yield Lines(path, number, data)
 
 
 def choose_val_docs(source, wanted):
-    """How many documents to validate on: `wanted`, or a tenth of an input that has no more."""
+    """(How many documents to validate on, what to tell): `wanted`, or a tenth of an input that
+    has no more. Standard input is read only once, so there it is `wanted`. Raises UserError."""
+    if not source.rereadable:
+        return wanted, None
     found = source.count(wanted + 1)
     if found > wanted:
-        return wanted
+        return wanted, None
     if found < 2:
-        raise UserError(f"{source.path}: {found} documents; at least 2 are needed, one to validate "
-                        "on and one to train on")
+        raise UserError(f"{source.name}: {found} documents"
+                        + (" (the file is empty)" if not source.size else "")
+                        + "; at least 2 are needed, one to validate on and one to train on")
     capped = max(1, found // 10)
-    print(f"{source.path}: only {found:,} documents, so --val-docs {wanted:,} is capped at "
-          f"{capped:,} (one in ten); {found - capped:,} are left for training", flush=True)
-    return capped
-
-
-# ---- the demo corpus -----------------------------------------------------------------------------
-
-_SHORTEST = 200  # characters; a shorter document is not worth a BOS
-_C_MODULES = ("array", "math", "cmath", "_datetime", "_decimal", "_socket", "_ssl", "select",
-              "zlib", "_bz2", "_lzma", "_json", "_pickle", "_struct", "_random", "_csv", "mmap",
-              "unicodedata", "_elementtree", "_asyncio", "_bisect", "_heapq", "_zoneinfo")
-
-
-def module_prose(name, source, seen):
-    """The English of one Python module: docstrings under their signatures, and comment blocks,
-    in the order of the file. Strings in `seen` (a set, added to) are left out."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef):
-            bases = ", ".join(map(ast.unparse, node.bases))
-            head = f"class {node.name}({bases})\n" if bases else f"class {node.name}\n"
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            head = f"{node.name}({ast.unparse(node.args)})\n"
-        elif isinstance(node, ast.Module):
-            head = ""
-        else:
-            continue
-        if text := ast.get_docstring(node):
-            found.append((getattr(node, "lineno", 0), text, head + text))
-    for block in re.finditer(r"(?:^[ \t]*#.*\n){2,}", source, re.M):
-        text = inspect.cleandoc(re.sub(r"(?m)^[ \t]*#+ ?", "", block[0]))
-        found.append((source.count("\n", 0, block.start()) + 1, text, text))
-    return _joined(name, found, seen)
-
-
-def _joined(name, found, seen):
-    parts = [name]
-    for _, text, shown in sorted(found):
-        if text.strip() and text not in seen:
-            seen.add(text)
-            parts.append(shown.rstrip())
-    return "\n\n".join(parts) + "\n"
-
-
-def builtin_prose(name, seen):
-    """The docstrings of a module written in C; importing one runs nothing of note. "" if none."""
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        return ""
-    found = [(0, inspect.getdoc(module) or "", inspect.getdoc(module) or "")]
-    for key, value in sorted(vars(module).items()):
-        if not isinstance(value, type | types.BuiltinFunctionType):
-            continue
-        members = sorted(vars(value).items()) if isinstance(value, type) else []
-        for label, item in [(key, value)] + [(f"{key}.{k}", v) for k, v in members]:
-            text = getattr(item, "__doc__", None)
-            if isinstance(text, str) and len(text) > 40:
-                found.append((len(found), inspect.cleandoc(text),
-                              f"{label}\n{inspect.cleandoc(text)}"))
-    return _joined(name, found, seen)
-
-
-def demo_documents():
-    """English that comes with CPython, one document a help topic or module: pydoc's topics and
-    the prose of the standard library, each text once, shuffled with a fixed seed."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    seen, documents = set(topics.values()), [text for _, text in sorted(topics.items())]
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(stdlib.rglob("*.py")):
-        parts = path.relative_to(stdlib).with_suffix("").parts
-        if {"site-packages", "dist-packages", "pydoc_data"} & set(parts):
-            continue
-        try:
-            with tokenize.open(path) as f, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                documents.append(module_prose(".".join(parts), f.read(), seen))
-        except (SyntaxError, ValueError, OSError, RecursionError):
-            continue  # the library's own tests hold files that are broken on purpose
-    for name in sorted({*sys.builtin_module_names, *_C_MODULES}):
-        documents.append(builtin_prose(name, seen))
-    documents = sorted({d for d in documents if len(d) >= _SHORTEST
-                        and not re.search("[\ud800-\udfff]", d)})
-    random.Random(0).shuffle(documents)
-    return documents
-
-
-def build_demo(folder):
-    """Write `folder`/docs.jsonl, the demo corpus, and return its path."""
-    path = Path(folder) / "docs.jsonl"
-    documents = demo_documents()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps({"text": d}) + "\n" for d in documents).encode())
-    print(f"{path}: {len(documents):,} documents, {sum(len(d.encode()) for d in documents):,} "
-          f"bytes of text from Python {platform.python_version()}'s own documentation", flush=True)
-    return path
+    return capped, (f"{source.name}: only {found:,} documents, so --val-docs {wanted:,} is capped "
+                    f"at {capped:,} (one in ten); {found - capped:,} are left for training")

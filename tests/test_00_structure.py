@@ -16,15 +16,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,101.
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,396: the
+# record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 64), 1: ("Config", 295), 2: ("Runtime", 123), 3: ("Kernels", 480),
-    4: ("Attention", 100), 5: ("Model", 335), 6: ("Optimisers", 195), 7: ("Data", 207),
+    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 123), 3: ("Kernels", 512),
+    4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 198), 7: ("Data", 235),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
-    11: ("Test-time training", 260), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
-    15: ("Main", 142),
+    11: ("Test-time training", 406), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
+    15: ("Main", 143),
 }
-MOST_LINES = 3101
+MOST_LINES = 3396
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -85,8 +86,9 @@ def test_line_ceilings():
     assert len(LINES) <= MOST_LINES
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]),
-                         ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(
+    path for part in ("", "caseops/", "bench/", "tests/") for path in ROOT.glob(f"{part}*.py")),
+    ids=lambda path: path.name)
 def test_lines_are_at_most_100_columns(path):
     long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
     assert not long

@@ -426,3 +426,22 @@ def test_matrices_list_every_matrix_once():
     for m in found:
         bank = dict(model.named_parameters())[m.bank]
         assert bank.shape[-1] == seen[m.source][0], m
+
+
+def test_gradients_of_a_low_rank_product():
+    """Against autograd through the definition, and by differences in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    x, A, B = draw(2, 5, 6), draw(2, 3, 6), draw(2, 4, 3)
+    assert torch.autograd.gradcheck(lambda *p: t.LowRank.apply(*p, 1.7), (x, A, B))
+    torch.testing.assert_close(t.LowRank.apply(x, A, B, 1.7), 1.7 * x @ A.mT @ B.mT)
+    with torch.no_grad():
+        masters = [p.float().requires_grad_() for p in (A, B)]
+    low = x.detach().bfloat16().requires_grad_()
+    t.LowRank.apply(low, *masters, 1.7).sum().backward()
+    assert low.grad.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.is_contiguous() for p in masters)

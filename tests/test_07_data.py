@@ -339,35 +339,64 @@ def tokenizer(tmp_path_factory):
     return folder / "tok.model", size
 
 
-def manifest(folder, **told):
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer": told}))
+def manifest(folder, split=(), files=(), **told):
+    (folder / "manifest.json").write_text(json.dumps(
+        {"tokenizer": told, "split": dict(split), "files": dict(files)}))
 
 
 def test_the_right_tokenizer_is_taken(tmp_path, tokenizer):
     path, size = tokenizer
     cfg = tiny(data_path=str(tmp_path), tokenizer_path=str(path), vocab_size=size)
-    t.check_tokenizer(cfg)
+    t.check_data(cfg)
     manifest(tmp_path, vocab_size=size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    t.check_tokenizer(cfg)
+    t.check_data(cfg)
 
 
 def test_wrong_tokenizers_are_refused(tmp_path, tokenizer):
     path, size = tokenizer
     right = tiny(data_path=str(tmp_path), tokenizer_path=str(path), vocab_size=size)
     other = tiny(data_path=str(tmp_path), tokenizer_path=str(path), vocab_size=size + 1)
-    assert f"{path}: {size} pieces, but VOCAB_SIZE={size + 1}" in refused(t.check_tokenizer, other)
+    assert f"{path}: {size} pieces, but VOCAB_SIZE={size + 1}" in refused(t.check_data, other)
     manifest(tmp_path, vocab_size=size, sha256="0" * 64)
-    assert "the manifest says 0000" in refused(t.check_tokenizer, right)
+    assert "the manifest says 0000" in refused(t.check_data, right)
     manifest(tmp_path, vocab_size=size + 1)
-    text = refused(t.check_tokenizer, tiny(data_path=str(tmp_path), vocab_size=size))
+    text = refused(t.check_data, tiny(data_path=str(tmp_path), vocab_size=size))
     assert "manifest.json" in text and f"set VOCAB_SIZE={size + 1}" in text
     nowhere = tiny(data_path=str(tmp_path / "x"), tokenizer_path=str(tmp_path / "no.model"))
-    assert "no.model: no such file" in refused(t.check_tokenizer, nowhere)
+    assert "no.model: no such file" in refused(t.check_data, nowhere)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tok.model"])
 def test_unreadable_tokenizer_files_are_refused(tmp_path, name):
     (tmp_path / name).write_text("not what it should be")
     path = str(tmp_path / "tok.model") if name == "tok.model" else ""
-    text = refused(t.check_tokenizer, tiny(data_path=str(tmp_path), tokenizer_path=path))
+    text = refused(t.check_data, tiny(data_path=str(tmp_path), tokenizer_path=path))
     assert name in text
+
+
+def test_the_identity_of_the_data_is_told(tmp_path):
+    cfg = tiny(data_path=str(tmp_path))
+    assert "no manifest" in t.check_data(cfg)
+    manifest(tmp_path, split={"overlap": False, "val_end_document": 5, "train_first_document": 5,
+                              "train_documents_equal_to_validation": 2})
+    said = t.check_data(cfg)
+    assert hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest() in said
+    assert said.endswith("equal to a validation document: 2")
+
+
+@pytest.mark.parametrize("split", [
+    {"overlap": True}, {"val_end_document": 50_000, "train_first_document": 10_000}])
+def test_a_split_that_overlaps_is_not_trained_on(tmp_path, split):
+    manifest(tmp_path, split=split)
+    assert "also training documents" in refused(t.check_data, tiny(data_path=str(tmp_path)))
+    t.check_data(tiny(data_path=str(tmp_path), ttt_eval_only=True))
+
+
+def test_a_validation_file_swapped_after_the_split_is_refused(tmp_path):
+    file = tmp_path / "fineweb_val_000000.bin"
+    file.write_bytes(b"first")
+    entry = {"sha256": hashlib.sha256(b"first").hexdigest()}
+    manifest(tmp_path, files={file.name: entry})
+    t.check_data(tiny(data_path=str(tmp_path)))
+    file.write_bytes(b"other")
+    assert "not the file that manifest.json" in refused(t.check_data, tiny(data_path=str(tmp_path)))

@@ -262,7 +262,8 @@ def test_reset_between_batches():
     assert adapter.lora.B["q2"].any() and adapter.optimiser.state
     adapter.reset()
     assert torch.equal(adapter.lora.A["q2"], trained)
-    assert not any(B.any() for B in adapter.lora.B.values()) and not adapter.optimiser.state
+    moments = [x for state in adapter.optimiser.state.values() for x in state.values()]
+    assert not any(x.any() for x in (*adapter.lora.B.values(), *moments)) and moments
     adapter.cfg = replace(cfg, ttt_warm_start_a=False)
     adapter.reset()
     fresh = torch.empty_like(trained)

@@ -165,6 +165,15 @@ def test_other_tokenizers_are_exact_too(monkeypatch, changed):
     assert (encoder.cache is None) == bool(refused)
 
 
+def test_a_piece_of_letters_and_others_keeps_words_whole():
+    words = ["\u212aelvin", "x\u00e9x", "na\u00efve", "\u00c9cole", "plain", "x2y"]
+    prose = [" ".join(random.Random(i).choices(words, k=60)) for i in range(200)]
+    encoder = encoding.Encoder(encoding.train_tokenizer(documents(prose), 300, 10**9))
+    assert any("\u212ae" in encoder.sp.id_to_piece(i) for i in range(encoder.size))
+    curious = [text.replace("\u2581", "") for text in fuzz(300, 14)]
+    assert differing(encoder, [*prose, "\u212aelvin \u212ael vin2\u212ae", *curious]) == []
+
+
 def test_without_the_compiler_the_slow_path_serves(monkeypatch, published):
     monkeypatch.setattr(published, "cache", None)
     assert differing(published, fuzz(200, 13)) == []

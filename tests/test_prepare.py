@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps as caps  # noqa: E402
 import prepare_caseops_data as prep  # noqa: E402
+from caseops import demo, shards, sources  # noqa: E402
 from caseops import encoder as encoding  # noqa: E402
-from caseops import shards, sources  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "caseops.jsonl"
@@ -335,11 +335,11 @@ def test_record_sample(tmp_path, published):
 def test_line_ends_byte_order_mark_and_separators(tmp_path, model):
     raw = "\ufeff" + '{"text": "One\u2028two"}\r\n\r\n  "three\\u0085"  \r\n"four"'
     (tmp_path / "d.jsonl").write_bytes(raw.encode())
-    source = sources.DocumentFile(tmp_path / "d.jsonl")
+    source = sources.Source(tmp_path / "d.jsonl")
     found = [(d.text, d.line) for d in source]
     assert found == [("One\u2028two", 1), ("three\x85", 3), ("four", 4)]
     assert source.position == source.size
-    assert source.sha256 == hashlib.sha256(raw.encode()).hexdigest()
+    assert source.digests == [hashlib.sha256(raw.encode()).hexdigest()]
 
 
 @pytest.mark.parametrize(("n", "asked", "val"), [(40, 50_000, 4), (40, 40, 4), (40, 39, 39),
@@ -400,12 +400,14 @@ def test_bad_arguments(tmp_path, model, capsys):
     docs = write_docs(tmp_path / "d.jsonl", ["a", "b"])
     base = ["--docs", docs, "--out", tmp_path / "out"]
     sp = ["--sp", model]
+    (tmp_path / "empty").mkdir()
     for argv, said in [
         ([], "no input"), (base, "no tokenizer"), (["--docs", docs, *sp], "no output"),
         ([*base, *sp, "--val-docs", "0"], "--val-docs must be at least 1"),
         ([*base, *sp, "--val-docs", "-3"], "--val-docs must be at least 1"),
         ([*base, *sp, "--val-docs", "many"], "--val-docs: invalid int"),
-        ([*base, *sp, "--val", "3"], "unrecognized arguments: --val"),
+        ([*base, *sp, "--val-doc", "3"], "unrecognized arguments: --val-doc"),
+        ([*base, *sp, "--val", "3"], "--val is for --audit"),
         ([*base, *sp, "--shard-tokens", "0"], "--shard-tokens must be"),
         ([*base, *sp, "--train-tokenizer", "--vocab-size", "300"], "give one of them"),
         ([*base, "--train-tokenizer"], "needs --vocab-size"),
@@ -413,13 +415,22 @@ def test_bad_arguments(tmp_path, model, capsys):
         ([*base, *sp, "--vocab-size", "300"], "is for --train-tokenizer"),
         (["--demo", tmp_path / "demo", *sp], "no output"),
         (["--docs", tmp_path / "none.jsonl", "--out", tmp_path / "out", *sp], "no such file"),
-        (["--docs", tmp_path, "--out", tmp_path / "out", *sp], "no such file"),
+        (["--docs", tmp_path / "empty", "--out", tmp_path / "out", *sp], "a directory without"),
+        (["--docs", "/dev/null", "--out", tmp_path / "out", *sp], "not a regular file; pipe it"),
+        (["--docs", "-", docs, "--out", tmp_path / "out", *sp], "cannot be mixed"),
+        ([*base, "--sp", tmp_path], "a directory; give --sp the SentencePiece model"),
+        ([*base, *sp, "--workers", "0"], "--workers must be at least 1"),
+        ([*base, "--train-tokenizer", "--vocab-size", "0"], "must be 1 to 65536"),
+        ([*base, *sp, "--train-shards", "3"], "is for --download caseops"),
+        (["--download", "caseops"], "no output"),
+        (["--download", "docs", "--audit", "x", "--out", "o"], "give one of them"),
+        ([*base, "--download", "docs"], "--download goes without --docs"),
         ([*base, "--sp", tmp_path / "none.model"], "none.model: no such file"),
         ([*base, "--sp", docs], "d.jsonl: not a SentencePiece model"),
         (["--docs", docs, "--out", docs, *sp], "Not a directory"),
     ]:
         fails(argv, said, capsys)
-    assert {p.name for p in tmp_path.iterdir()} == {"d.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"d.jsonl", "empty"}
 
 
 @pytest.mark.parametrize(("texts", "found"), [([], 0), (["only one"], 1)])
@@ -467,7 +478,12 @@ def old_set(tmp_path, model, english):
                  val_docs=1, shard_tokens=2000)
     docs = write_docs(tmp_path / "new.jsonl", english)
     return tmp_path / "data", ["--docs", docs, "--sp", model, "--val-docs", "30",
-                               "--shard-tokens", "400", "--out", tmp_path / "data"]
+                               "--shard-tokens", "3000", "--out", tmp_path / "data", "-j", "1"]
+
+
+def without_staging(files):
+    """Entries of tree() that are not in the directory where a set grows."""
+    return {name: data for name, data in files.items() if ".partial/" not in name}
 
 
 @pytest.mark.parametrize("at", [1, 3, 40])
@@ -479,10 +495,15 @@ def test_full_disk_leaves_the_old_set(at, old_set, monkeypatch, capsys):
         calls.append(1)
         if len(calls) == at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, "fsync", full)
-    fails(argv, "No space left on device; free some space", capsys)
-    assert tree(data) == before
-    assert not list(data.rglob("*.partial"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        fails(argv, "No space left on device; free some space", capsys)
+    assert without_staging(tree(data)) == before
+    assert bool(list(data.rglob("*.partial"))) == (at == 40)
+    assert prep.main([str(a) for a in argv]) == 0
+    after = tree(data)
+    prep.main([str(a) for a in argv] + ["--restart"])
+    assert tree(data) == after
 
 
 def test_write_error_in_the_kernel_leaves_the_old_set(old_set):
@@ -498,28 +519,6 @@ def test_write_error_in_the_kernel_leaves_the_old_set(old_set):
     assert b"File too large" in done.stderr
     assert done.stderr.count(b"\n") == 1
     assert tree(data) == before
-
-
-@pytest.mark.parametrize("shards", [1, 20])
-def test_kill_leaves_the_old_set_and_the_next_run_cleans_up(shards, old_set):
-    data, argv = old_set
-    before = tree(data)
-    staged = data / "datasets" / (SET + ".partial")
-    run = subprocess.Popen([sys.executable, str(ROOT / "prepare_caseops_data.py"),
-                            *map(str, argv)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while run.poll() is None and time.monotonic() < deadline:
-        if len(list(staged.glob("*.bin"))) >= shards:
-            break
-    assert run.poll() is None, "the run ended before it could be killed"
-    run.kill()
-    run.wait()
-    after = {k: v for k, v in tree(data).items() if ".partial/" not in k}
-    assert after == before
-    for path in staged.glob("*.bin"):
-        read_shard(path)  # whole
-    assert prep.main([str(a) for a in argv]) == 0
-    assert not staged.exists()
 
 
 def test_interrupt(old_set, monkeypatch, capsys):
@@ -559,7 +558,7 @@ def test_demo_in_one_command(tmp_path):
     documents, size = (int(x.replace(",", "")) for x in found.groups())
     assert documents > 300
     assert size > 2_000_000
-    texts = [d.text for d in sources.DocumentFile(tmp_path / "demo" / "docs.jsonl")]
+    texts = [d.text for d in sources.Source(tmp_path / "demo" / "docs.jsonl")]
     assert len(texts) == len(set(texts)) == documents
     assert sum(len(t.encode()) for t in texts) == size
     folder = tmp_path / "demo" / "datasets" / SET.replace(str(VOCAB), "1024")
@@ -576,7 +575,7 @@ def test_module_prose_takes_docstrings_and_comment_blocks_once():
     source = '"""Top."""\n\n# one\n# two\n# three\n\nclass A(B):\n    """Of A."""\n' \
              '    def f(self, x=1):\n        """Of f."""\n        # single\n        return 1\n' \
              '    async def g(self):\n        """Of f."""\n'
-    assert sources.module_prose("m", source, set()) \
+    assert demo.module_prose("m", source, set()) \
         == "m\n\nTop.\n\none\ntwo\nthree\n\nclass A(B)\nOf A.\n\nf(self, x=1)\nOf f.\n"
 
 

@@ -1,0 +1,532 @@
+"""Is a directory of shards sound, and does training hold what is scored?
+
+Works on any set of shards of this format, with or without a manifest. Checked are headers, sizes,
+numbering, ids, the byte sidecar, the manifest's hashes, identical files, and the overlap of the
+splits (`caseops.overlap`). A line of the report begins with `ok:`, `note:` (worth knowing, not
+wrong), `error:` or `LEAK:`; the last line is the verdict.
+
+What counts as a leak:
+
+- every validation document of SHORT tokens or more that stands in training token for token. One is
+  enough: whether it came by the source's own repetitions or by a wrong split, its score is not that
+  of unseen text. The report says which of the two it looks like: the documents of a wrong split
+  stand in training in the same order, repetitions are scattered.
+- shorter whole documents ("Page not found") and near-duplicates (`overlap.NEAR`) where they are
+  more than TOLERATED of the validation documents, or stand in training in the same order; text of
+  one source always has some (pages made from one template). All are reported.
+- an empty document never.
+"""
+
+import dataclasses
+import filecmp
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from caseops import BOS, UserError, overlap
+from caseops.export import Loss, decode_documents, open_tokenizer, sidecar
+from caseops.splits import (
+    Split,
+    document_spans,
+    find_shards,
+    find_tokenizer,
+    read_manifest,
+    sequence_problems,
+    shard_directory,
+)
+
+SHORT = 16  # tokens with BOS, about 40 bytes
+TOLERATED = 0.02  # of the validation documents
+LISTED = 20
+SAMPLED = 2000  # validation documents decoded to see what the tokenizer loses
+# The challenge's validation set in the published tokenizer (system.md §1), and what a split of
+# 10,000 shows in the logs (9,662,464 targets, whole sequences of 2,048; the rules, §1.7 row 7).
+FULL_DOCUMENTS, FULL_TOKENS, FULL_BYTES = 50_000, 47_853_344, 151_074_309
+TEN_THOUSAND_TARGETS = 9_662_464
+
+
+@dataclasses.dataclass
+class Finding:
+    """A validation document that stands in training. `document` and `number` count from 0 in
+    their split; `tokens` with BOS; `size` in original bytes (0 without a sidecar); `share` of
+    its shingles found in the training document, which begins in the file `shard`."""
+
+    document: int
+    tokens: int
+    size: int
+    number: int
+    shard: str
+    share: float
+    text: str = ""
+
+
+@dataclasses.dataclass
+class Report:
+    """What an audit found; `exit_code` is 1 on a leak or a problem, else 0."""
+
+    folder: str
+    figures: dict = dataclasses.field(default_factory=dict)
+    problems: list = dataclasses.field(default_factory=list)
+    notes: list = dataclasses.field(default_factory=list)
+    whole: list = dataclasses.field(default_factory=list)
+    short: list = dataclasses.field(default_factory=list)
+    near: list = dataclasses.field(default_factory=list)
+    patterns: list = dataclasses.field(default_factory=list)
+
+    def leaking(self, findings):
+        """Whether one of the lists `whole`, `short`, `near` is a leak: the module's docstring."""
+        few = TOLERATED * self.figures["val_documents"]
+        return bool(findings) and (findings is self.whole or len(findings) > few
+                                   or bool(ordered_runs(findings)))
+
+    @property
+    def leaks(self):
+        """How many validation documents leak."""
+        return sum(len(x) for x in (self.whole, self.short, self.near) if self.leaking(x))
+
+    @property
+    def exit_code(self):
+        """For the command line."""
+        return int(bool(self.leaks or self.problems))
+
+    def as_dict(self):
+        """Everything, ready for JSON."""
+        return dataclasses.asdict(self) | {"leaks": self.leaks, "exit_code": self.exit_code}
+
+
+def ordered_runs(findings):
+    """[(documents, first, last, shift)] where validation documents stand in training in the same
+    order: their numbers there less their own are all `shift`. Most documents first, at most three.
+
+    That is how documents of a wrong split stand; repetitions in a source do not.
+    """
+    documents = np.array([f.document for f in findings])
+    shift = np.array([f.number for f in findings]) - documents
+    shifts, counts = np.unique(shift, return_counts=True)
+    runs = []
+    for i in np.argsort(-counts, kind="stable")[:3]:
+        if counts[i] >= max(3, len(findings) // 20):
+            there = documents[shift == shifts[i]]
+            runs.append((int(counts[i]), int(there.min()), int(there.max()), int(shifts[i])))
+    return runs
+
+
+def audit(folder, *, tokenizer=None, val=None, out=print, progress=None):
+    """Check the shards in `folder` (or somewhere below it); the Report, also told to `out`.
+
+    `val`: take the validation shards from this directory, or this one file, instead. `tokenizer`
+    overrules the one found beside the shards; without one the vocabulary is unknown and no words
+    are shown. `progress(bytes done, bytes in all)` is called now and then. Raises UserError where
+    there is nothing to compare, and OSError.
+    """
+    folder = shard_directory(folder)
+    shards, homes = find_shards(folder), {folder}
+    if val is not None:
+        home, own = _validation_of(val)
+        homes.add(home)
+        shards |= own
+    for name in ("train", "val"):
+        if not any(s.tokens for s in shards[name]):
+            wrong = next((f"; {s.path.name}: {s.problem}" for s in shards[name]), "")
+            raise UserError(f"{folder}: no {name} shards that can be read{wrong}; give the "
+                            "directory that holds both splits, or the other one with --val")
+    job = _Audit(folder, shards, {h: read_manifest(h) for h in homes}, out, progress)
+    job.open_tokenizer(tokenizer)
+    job.check_files()
+    job.read_validation()
+    job.search_training()
+    job.check_hashes()
+    job.tell_overlap()
+    job.tell_loss()
+    job.verdict()
+    return job.report
+
+
+def _validation_of(path):
+    """(directory, {"val": [Shard], "val_bytes": [Shard]}) of the place given as --val."""
+    path = Path(path)
+    home = shard_directory(path.parent if path.is_file() else path)
+    shards = find_shards(home)
+    if path.is_file():
+        one = [s for s in shards["val"] if s.path.name == path.name]
+        if not one:
+            raise UserError(f"{path}: not named like a validation shard (fineweb_val_000000.bin); "
+                            "rename it, or give its directory")
+        counts = [s for s in shards["val_bytes"] if s.index == one[0].index]
+        # As shard 0, so that the others are not missed.
+        shards["val"], shards["val_bytes"] = (
+            [dataclasses.replace(s, index=0) for s in group] for group in (one, counts))
+    return home, {k: shards[k] for k in ("val", "val_bytes")}
+
+
+class _Tokens:
+    """Looks at every block of one split: the BOS in it, and ids that have no business there."""
+
+    def __init__(self, vocabulary, progress=lambda n: None):
+        self.vocabulary, self.progress = vocabulary, progress
+        self.documents = self.highest = 0
+        self.special = {}  # shard: how many ids 0, 2, 3
+        self.too_high = {}  # shard: its highest id, where that is no piece
+
+    def look(self, block):
+        """int64: positions in the split of the BOS among the block's new tokens."""
+        fresh = block.tokens[block.old:]
+        low = np.flatnonzero(fresh < 4)
+        bos = low[fresh[low] == BOS]
+        name = block.shard.path.name
+        if len(bos) < len(low):
+            self.special[name] = self.special.get(name, 0) + len(low) - len(bos)
+        highest = int(fresh.max())
+        self.highest = max(self.highest, highest)
+        if self.vocabulary and highest >= self.vocabulary:
+            self.too_high[name] = max(highest, self.too_high.get(name, 0))
+        if block.offset == 0 and not (len(bos) and bos[0] == 0):
+            self.documents += 1  # a fragment
+        self.documents += len(bos)
+        self.progress(2 * len(fresh))
+        return bos + (block.offset + block.old)
+
+
+class _Audit:
+    """One audit under way; the methods are its steps, in the order in which `audit` takes them."""
+
+    def __init__(self, folder, shards, manifests, out, progress):
+        self.folder, self.shards, self.manifests, self.out = folder, shards, manifests, out
+        self.report = Report(str(folder))
+        self.figures = self.report.figures
+        self.encoder = self.vocabulary = None
+        self.digests = {}  # (split, file name): sha256
+        self.splits = {name: Split(shards[name]) for name in ("train", "val")}
+        self.done, self.total = 0, 2 * sum(map(len, self.splits.values()))
+        self.progress = progress
+
+    def error(self, line):
+        """Something is wrong."""
+        self.report.problems.append(line)
+        self.out(f"error: {line}")
+
+    def note(self, line):
+        """Worth knowing, not wrong."""
+        self.report.notes.append(line)
+        self.out(f"note: {line}")
+
+    def ok(self, line):
+        """Looked at and found right."""
+        self.out(f"ok: {line}")
+
+    def _advance(self, size):
+        self.done += size
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    # ---- the files -------------------------------------------------------------------------------
+
+    def open_tokenizer(self, given):
+        """The tokenizer, if there is one, and the size of the vocabulary, if anything tells it."""
+        manifest = self.manifests[self.folder]
+        try:
+            self.encoder = open_tokenizer(self.folder, manifest, given)
+        except UserError as e:
+            if given:
+                raise
+            self.note(f"tokenizer not used: {e}")
+        entry = manifest.get("tokenizer")
+        entry = entry if isinstance(entry, dict) else {}
+        named = re.search(r"sp(\d+)(?!\d)", self.folder.name)
+        self.vocabulary = (self.encoder.size if self.encoder else entry.get("vocab_size")
+                           if isinstance(entry.get("vocab_size"), int)
+                           else int(named[1]) if named else None)
+        path = given or find_tokenizer(self.folder, manifest)
+        if path and "sha256" in entry \
+                and hashlib.sha256(Path(path).read_bytes()).hexdigest() != entry["sha256"]:
+            self.error(f"{path}: not the tokenizer of the manifest (other sha256)")
+
+    def check_files(self):
+        """Headers, numbering, sidecar files, the manifest's list, files that are the same."""
+        before = len(self.report.problems)
+        for name in ("train", "val", "val_bytes", "train_bytes"):
+            shards = self.shards[name]
+            for problem in sequence_problems(shards):
+                self.error(problem)
+            sizes = [s.tokens for s in shards]
+            odd = [s.path.name for s in shards[:-1] if s.tokens != max(sizes)]
+            if odd:
+                self.note(f"{', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}: fewer tokens "
+                          "than other shards, and not the last: joined from several preparations?")
+        self._check_sidecar_files()
+        self._check_manifest_list()
+        self._check_identical()
+        if len(self.report.problems) == before:
+            self.ok(f"{self.folder}: {sum(map(len, self.shards.values()))} files with sound headers"
+                    ", sizes and numbers")
+
+    def _check_sidecar_files(self):
+        tokens = {s.index: s for s in self.shards["val"]}
+        counts = {s.index: s for s in self.shards["val_bytes"]}
+        if not counts:
+            self.note("no byte sidecar (*_val_bytes_*.bin): original bytes are not known")
+            return
+        for i, shard in tokens.items():
+            if i not in counts:
+                self.error(f"{shard.path.name}: no byte sidecar beside it")
+            elif counts[i].tokens != shard.tokens:
+                self.error(f"{counts[i].path.name}: {counts[i].tokens:,} counts for the "
+                           f"{shard.tokens:,} tokens of {shard.path.name}")
+        for i in sorted(counts.keys() - tokens.keys()):
+            self.error(f"{counts[i].path.name}: no validation shard beside it")
+
+    def _check_manifest_list(self):
+        for home, manifest in self.manifests.items():
+            here = {s.path.name: s for group in self.shards.values() for s in group
+                    if s.path.parent == home}
+            listed = manifest.get("files", {})
+            for name in sorted(here.keys() - listed.keys()) if listed else ():
+                self.error(f"{name}: not in the manifest; it belongs to another set")
+            for name, entry in listed.items():
+                if name not in here:
+                    if home == self.folder and (len(self.manifests) == 1 or "_val_" not in name):
+                        self.error(f"{name}: in the manifest, but not here")
+                elif isinstance(entry, dict) and entry.get("tokens") not in (
+                        None, here[name].tokens):
+                    self.error(f"{name}: {here[name].tokens:,} tokens, but {entry['tokens']:,} in "
+                               "the manifest")
+
+    def _check_identical(self):
+        """Two shards of tokens with the same content."""
+        seen = {}
+        for shard in self.shards["train"] + self.shards["val"]:
+            if not shard.tokens:
+                continue
+            with open(shard.path, "rb") as f:
+                key = shard.tokens, f.read(1 << 14)
+            twin = next((s for s in seen.get(key, ())
+                         if filecmp.cmp(s.path, shard.path, shallow=False)), None)
+            if twin:
+                self.error(f"{shard.path.name}: the same as {twin.path.name}")
+            seen.setdefault(key, []).append(shard)
+
+    # ---- the tokens ------------------------------------------------------------------------------
+
+    def read_validation(self):
+        """Load validation and its byte counts."""
+        tokens = _Tokens(self.vocabulary, self._advance)
+        digests = {}
+        loaded, bos = overlap.load(self.splits["val"], digests, tokens.look)
+        self.digests |= {("val", k): v for k, v in digests.items()}
+        begins, ends = document_spans(bos, len(loaded))
+        rate = overlap.choose_rate(len(loaded), len(self.splits["train"]))
+        self.validation = overlap.Validation(loaded, begins, ends, rate)
+        self.sizes = np.zeros(len(begins), np.int64)
+        self.figures |= {"val_tokens": len(loaded), "val_documents": len(begins)}
+        side = sidecar(self.shards)
+        if side:
+            self._read_sidecar(side, bos)
+        self._tell_tokens("validation", "val", tokens)
+        repeated = int((self.validation.first != np.arange(len(begins))).sum())
+        empty = int((begins == ends).sum())
+        self.figures |= {"val_repeated": repeated, "val_empty": empty}
+        if repeated:
+            self.note(f"{repeated:,} validation documents repeat an earlier one, {empty:,} are "
+                      "empty (BOS alone)")
+        self._identify()
+
+    def _read_sidecar(self, side, bos):
+        digests = {}
+        counts, _ = overlap.load(side, digests)
+        self.digests |= {("val", k): v for k, v in digests.items()}
+        wrong = int(np.count_nonzero(counts[bos]))
+        if wrong:
+            self.error(f"the byte sidecar gives bytes to {wrong:,} of the {len(bos):,} BOS: it "
+                       "belongs to other tokens")
+        begins = self.validation.begins
+        starts = np.maximum(begins - 1, 0)  # with the BOS, so that no stretch is empty
+        self.sizes = np.add.reduceat(counts, starts, dtype=np.int64)
+        self.figures["val_bytes"] = int(self.sizes.sum())
+
+    def _tell_tokens(self, title, name, tokens):
+        for shard, count in tokens.special.items():
+            self.error(f"{shard}: {count:,} tokens with id 0, 2 or 3 (padding, end, unknown)")
+        for shard, highest in tokens.too_high.items():
+            self.error(f"{shard}: id {highest:,}, but the vocabulary has {self.vocabulary:,}")
+        split = self.splits[name]
+        if split.read(0, 1)[0] != BOS:
+            self.error(f"{split.place(0)}: {title} does not begin with BOS (id 1): its first "
+                       "document is a fragment")
+        size = self.figures.get(f"{name}_bytes")
+        counted = f", {size:,} bytes in the sidecar ({size / len(split):.4f} a token)" \
+            if size is not None else ""
+        self.ok(f"{title}: {len(split.shards)} shards, {len(split):,} tokens, "
+                f"{tokens.documents:,} documents{counted}, ids up to {tokens.highest:,}")
+
+    def _identify(self):
+        """Say whether this is a validation set that is known, by documents, tokens and bytes."""
+        documents, tokens = self.figures["val_documents"], self.figures["val_tokens"]
+        size = self.figures.get("val_bytes")
+        if documents == FULL_DOCUMENTS and (tokens, size) in ((FULL_TOKENS, FULL_BYTES),
+                                                              (FULL_TOKENS, None)):
+            identity = "the challenge's full validation set"
+            self.ok(f"this is {identity}, by its numbers of documents, tokens and bytes")
+        elif documents == FULL_DOCUMENTS and size and abs(size / FULL_BYTES - 1) < 0.004:
+            identity = "50,000 documents, with the challenge's bytes, in another tokenizer"
+            self.ok(f"this is {identity} ({size:,}; the published sidecar has {FULL_BYTES:,})")
+        elif documents == 10_000 and 0 < tokens - TEN_THOUSAND_TARGETS <= 2048:
+            identity = "the challenge's first 10,000 documents only"
+            self.note(f"this is {identity}: it is scored on 50,000, and the other 40,000 may "
+                      "stand in training shards of the same preparation")
+        elif documents == FULL_DOCUMENTS:
+            identity = "50,000 documents, but not the challenge's"
+            self.note(f"this is {identity}: {tokens:,} tokens"
+                      + (f", {size:,} bytes" if size else "")
+                      + f"; the published set has {FULL_TOKENS:,} and {FULL_BYTES:,}")
+        else:
+            identity = "no set that this program knows"
+            self.note(f"this is {identity}: the challenge's has {FULL_DOCUMENTS:,} documents, "
+                      f"{FULL_BYTES:,} bytes")
+        self.figures["identity"] = identity
+
+    def search_training(self):
+        """Stream the training shards past the validation documents."""
+        tokens = _Tokens(self.vocabulary, self._advance)
+        digests = {} if self.manifests[self.folder] else None
+        self.found = overlap.search(self.validation, self.splits["train"], tokens.look, digests)
+        self.digests |= {("train", k): v for k, v in (digests or {}).items()}
+        self.figures |= {"train_tokens": len(self.splits["train"]),
+                         "train_documents": tokens.documents}
+        assert tokens.documents == self.found.documents, "documents counted in two ways"
+        self._tell_tokens("training", "train", tokens)
+
+    def check_hashes(self):
+        """Compare the files' sha256 with their manifest's."""
+        checked = 0
+        for name, group in self.shards.items():
+            for shard in group:
+                entry = self.manifests.get(shard.path.parent, {}).get("files", {}).get(
+                    shard.path.name)
+                expected = entry.get("sha256") if isinstance(entry, dict) else None
+                found = self.digests.get((name.split("_")[0], shard.path.name))
+                if expected and found:
+                    checked += 1
+                    if found != expected:
+                        self.error(f"{shard.path.name}: not the file of the manifest (other "
+                                   "sha256): changed or swapped after the split was made")
+        if checked:
+            self.ok(f"manifest: sha256 of {checked} files compared")
+        else:
+            self.note("no manifest with hashes: a file swapped after the split shows only by its "
+                      "documents")
+
+    # ---- the overlap -----------------------------------------------------------------------------
+
+    def tell_overlap(self):
+        """Report the documents found, those of a wrong split first of all by their pattern."""
+        report, v = self.report, self.validation
+        for d in range(len(v)):
+            first = int(v.first[d])
+            for matches, target in ((self.found.whole, report.whole),
+                                    (self.found.near, report.near)):
+                if first in matches:
+                    target.append(self._finding(d, matches[first]))
+        report.short = [f for f in report.whole if f.tokens < SHORT]
+        report.whole = [f for f in report.whole if f.tokens >= SHORT]
+        judged = int(v.judged[v.first].sum())
+        self._tell_list(report.whole, "validation documents stand in training token for token")
+        self._tell_list(report.short, f"validation documents of fewer than {SHORT} tokens stand "
+                        "in training token for token")
+        self._tell_list(report.near, "validation documents are near-duplicates: at least "
+                        f"{overlap.NEAR:.0%} of their {overlap.SHINGLE}-token shingles stand in "
+                        "one training document")
+        self.figures |= {"near_threshold": overlap.NEAR, "shingle_tokens": overlap.SHINGLE,
+                         "shingles_kept_one_in": v.rate, "judged_documents": judged,
+                         "scattered_documents": self.found.scattered()}
+        self.out(f"note: near-duplicates were looked for in {judged:,} of {len(v):,} documents "
+                 f"(one shingle in {v.rate} kept, documents with fewer than {overlap.FEWEST} "
+                 "compared whole only); "
+                 f"{self.figures['scattered_documents']:,} more have as large a share "
+                 "scattered over several training documents")
+
+    def _finding(self, d, match):
+        v = self.validation
+        text = ""
+        if self.encoder and v.sizes[d]:
+            ids = v.document(d)[:16]
+            if int(ids.max()) < self.encoder.size:
+                text = " ".join(decode_documents(self.encoder, [ids])[0][0].split())[:60]
+        return Finding(d, int(v.sizes[d]) + 1, int(self.sizes[d]), match.number,
+                       self.splits["train"].place(match.begin), round(match.share, 4), text)
+
+    def _tell_list(self, findings, what):
+        total = self.figures["val_documents"]
+        if not findings:
+            self.ok(f"no {what}")
+            return
+        tokens = sum(f.tokens for f in findings) / self.figures["val_tokens"]
+        scored = sum(f.size for f in findings) / max(self.figures.get("val_bytes", 0), 1)
+        share = f"{scored:.2%} of the bytes scored" if scored else f"{tokens:.2%} of the tokens"
+        line = f"{len(findings):,} of {total:,} {what} ({share})"
+        if self.report.leaking(findings):
+            self.out(f"LEAK: {line}")
+        else:
+            self.note(f"{line}; up to {TOLERATED:.0%} of the documents, in no order, are taken for "
+                      "the source's own repetitions")
+        for f in findings[:LISTED]:
+            near = "" if f.share == 1 else f", {f.share:.0%}"
+            self.out(f"    validation {f.document:,} ({f.tokens:,} tokens{near}) = training "
+                     f"{f.number:,} ({f.shard})" + (f": {f.text}" if f.text else ""))
+        if len(findings) > LISTED:
+            self.out(f"    and {len(findings) - LISTED:,} more")
+        if self.report.leaking(findings):
+            self._tell_patterns(findings)
+
+    def _tell_patterns(self, findings):
+        ordered = 0
+        for count, a, b, shift in ordered_runs(findings):
+            ordered += count
+            self._pattern(f"{count:,} of them, between validation documents {a:,} and {b:,}, stand "
+                          f"in training in the same order from document {a + shift:,} on: the "
+                          "splits overlap (another --val-docs, or files of two splits)")
+        if len(findings) == self.figures["val_documents"]:
+            self._pattern("that is the whole validation set")
+        if left := len(findings) - ordered:
+            self._pattern(f"{left:,} are scattered, as the source's own repetitions are")
+
+    def _pattern(self, line):
+        self.report.patterns.append(line)
+        self.out(f"    pattern: {line}")
+
+    # ---- what the tokenizer loses ----------------------------------------------------------------
+
+    def tell_loss(self):
+        """Decode validation, or a sample of it, and compare with the sidecar."""
+        if not self.encoder or "val_bytes" not in self.figures:
+            return
+        v, loss = self.validation, Loss()
+        if int(v.tokens.max()) >= self.encoder.size:
+            self.note("the tokenizer does not know all ids: text not decoded")
+            return
+        chosen = np.unique(np.linspace(0, len(v) - 1, min(len(v), SAMPLED)).astype(int))
+        for part in np.array_split(chosen, max(1, len(chosen) // 100)):
+            ids = [v.document(d) for d in part]
+            for d, x, (text, whole) in zip(part, ids, decode_documents(self.encoder, ids),
+                                           strict=True):
+                loss.add(x, text, whole, int(self.sizes[d]))
+        sample = "" if len(chosen) == len(v) else f" (every {len(v) / len(chosen):.0f}th document)"
+        line = loss.line(f"validation decoded{sample}", self.encoder.exact)
+        self.figures["loss"] = dataclasses.asdict(loss)
+        if self.encoder.exact and (loss.changed or loss.unmarked):
+            self.error(f"{line}; this tokenizer keeps every byte, so sidecar or tokens are wrong")
+        elif self.encoder.exact:
+            self.ok(line)
+        else:
+            self.note(f"{line}; this tokenizer loses text; a lower bound: what keeps the length "
+                      "(a newline read as a space) does not show")
+
+    def verdict(self):
+        """The last line."""
+        report = self.report
+        total = self.figures["val_documents"]
+        parts = [f"LEAK: {report.leaks:,} of {total:,} validation documents stand in training"] \
+            * bool(report.leaks)
+        parts += [f"{len(report.problems):,} errors"] * bool(report.problems)
+        self.out(f"verdict: {'; '.join(parts) or 'clean'}")

@@ -1,0 +1,245 @@
+"""Reading shard directories, anybody's: which shards stand there, their tokens, their documents."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from caseops import BOS, UserError
+from caseops.shards import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION
+
+HEADER_BYTES = 4 * HEADER_INTS
+BLOCK_TOKENS = 1 << 18  # half a MiB: what is done to a block finds it in the processor's cache
+_NAME = re.compile(r"(?:.+_)?(train|val)(_bytes)?_(\d+)\.bin")
+
+
+@dataclasses.dataclass
+class Shard:
+    """One file: its number, how many tokens can be read from it, and what is wrong with it."""
+
+    path: Path
+    index: int
+    tokens: int
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class Block:
+    """Consecutive `tokens` (uint16) of a split. tokens[0] stands at `offset` of the split; the
+    first `old` tokens were in the block before as well. `shard` holds those that were not."""
+
+    offset: int
+    tokens: np.ndarray
+    old: int
+    shard: Shard
+
+
+def shard_directory(folder):
+    """The one directory at or below `folder` (at most four levels) that holds shards.
+
+    Raises UserError where there is none, or more than one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; give the directory that holds the shards")
+    level = [folder]
+    for _ in range(5):
+        found = [d for d in level if any(_NAME.fullmatch(n) for n in os.listdir(d))]
+        if len(found) > 1:
+            raise UserError(f"{folder}: several shard directories ({', '.join(map(str, found))}); "
+                            "give one of them")
+        if found:
+            return found[0]
+        level = sorted(e for d in level for e in d.iterdir()
+                       if e.is_dir() and not e.name.endswith(".partial"))
+    raise UserError(f"{folder}: no shards (*_train_*.bin, *_val_*.bin) here; give the directory "
+                    "that holds them, or prepare one with --docs")
+
+
+def find_shards(folder):
+    """{"train" | "val" | "val_bytes" | "train_bytes": [Shard]}, each in the order of the names,
+    which is the order in which the trainer reads them."""
+    found = {"train": [], "val": [], "val_bytes": [], "train_bytes": []}
+    for path in sorted(Path(folder).iterdir()):
+        if match := _NAME.fullmatch(path.name):
+            tokens, problem = _read_header(path)
+            found[match[1] + (match[2] or "")].append(
+                Shard(path, int(match[3]), tokens, problem))
+    return found
+
+
+def _read_header(path):
+    """(tokens that can be read, problem or ""). A file of another format has no tokens."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        raw = f.read(HEADER_BYTES)
+    if not raw:
+        return 0, "empty file"
+    if len(raw) < HEADER_BYTES:
+        return 0, f"{size:,} bytes, but the header alone has {HEADER_BYTES:,}"
+    header = np.frombuffer(raw, "<i4")
+    if header[0] != SHARD_MAGIC:
+        if header.byteswap()[0] == SHARD_MAGIC:
+            return 0, "big-endian header; shards are little-endian"
+        return 0, f"not a shard: it begins with {header[0]}, not {SHARD_MAGIC}"
+    if header[1] != SHARD_VERSION:
+        return 0, f"shard version {header[1]}; this program reads version {SHARD_VERSION}"
+    count, there = int(header[2]), (size - HEADER_BYTES) // 2
+    if count <= 0:
+        return 0, f"the header says {count:,} tokens"
+    if size != HEADER_BYTES + 2 * count:
+        return min(count, there), (
+            f"{size:,} bytes, but {HEADER_BYTES + 2 * count:,} for the {count:,} tokens of its "
+            f"header: {'truncated' if there < count else 'something follows'}")
+    return count, "the header's rest is not zero" if header[3:].any() else ""
+
+
+def sequence_problems(shards):
+    """What is wrong with the numbers of one split's shards: a list of str."""
+    numbers = [s.index for s in shards]
+    problems = [f"{s.path.name}: {s.problem}" for s in shards if s.problem]
+    twice = sorted({i for i in numbers if numbers.count(i) > 1}) if numbers else []
+    problems += [f"{shards[0].path.parent}: two shards have number {i}" for i in twice]
+    if missing := sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers)):
+        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        problems.append(f"{shards[0].path.name} and on: shard {names} missing of {max(numbers) + 1}"
+                        "; documents that straddle the gap are cut")
+    return problems
+
+
+class Split:
+    """The shards of one split as one stream of tokens; `len` is their number."""
+
+    def __init__(self, shards):
+        self.shards = [s for s in shards if s.tokens]
+        self.starts = np.cumsum([0] + [s.tokens for s in self.shards])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, begin, end):
+        """Tokens begin..end-1, uint16 [end - begin], read from the files."""
+        out = np.empty(end - begin, "<u2")
+        first = int(np.searchsorted(self.starts, begin, "right")) - 1
+        for i in range(first, len(self.shards)):
+            a, b = max(begin, self.starts[i]), min(end, self.starts[i + 1])
+            if a >= b:
+                break
+            with open(self.shards[i].path, "rb", buffering=0) as f:
+                f.seek(HEADER_BYTES + 2 * int(a - self.starts[i]))
+                _fill(f, out[a - begin:b - begin], self.shards[i].path)
+        return out
+
+    def place(self, position):
+        """Name of the shard that holds the token at `position`."""
+        return self.shards[int(np.searchsorted(self.starts, position, "right")) - 1].path.name
+
+    def blocks(self, overlap=0, digests=None):
+        """All tokens as Blocks, in order; each repeats the last `overlap` tokens before it.
+
+        A block's array is only good until the next one. `digests`, a dict, gets the sha256 of
+        every file, by name, when its last block has been taken.
+        """
+        size = BLOCK_TOKENS
+        buffer = np.empty(overlap + size, "<u2")
+        old = position = 0
+        for shard in self.shards:
+            with open(shard.path, "rb", buffering=0) as f:
+                digest = hashlib.sha256(f.read(HEADER_BYTES))
+                left = shard.tokens
+                while left:
+                    n = min(left, size)
+                    fresh = buffer[old:old + n]
+                    _fill(f, fresh, shard.path)
+                    if digests is not None:
+                        digest.update(fresh)
+                    yield Block(position - old, buffer[:old + n], old, shard)
+                    left -= n
+                    position += n
+                    kept = min(overlap, old + n)
+                    buffer[:kept] = buffer[old + n - kept:old + n].copy()
+                    old = kept
+                if digests is not None:
+                    while rest := f.read(1 << 20):  # what follows the tokens, in a faulty file
+                        digest.update(rest)
+                    digests[shard.path.name] = digest.hexdigest()
+
+
+def _fill(file, array, path):
+    view, done = memoryview(array).cast("B"), 0
+    while done < len(view):
+        n = file.readinto(view[done:])
+        if not n:
+            raise UserError(f"{path}: changed while it was read; run again when nothing writes it")
+        done += n
+
+
+def document_spans(bos, total):
+    """(begins, ends) int64 [documents]: each document's tokens without its BOS.
+
+    `bos` are the positions of all BOS, `total` the number of tokens. Tokens before the first BOS
+    are a document of their own, a fragment.
+    """
+    begins = np.asarray(bos, np.int64) + 1
+    ends = np.append(begins[1:] - 1, total) if len(begins) else begins
+    if total and (not len(begins) or begins[0] != 1):
+        ends = np.insert(ends, 0, begins[0] - 1 if len(begins) else total)
+        begins = np.insert(begins, 0, 0)
+    return begins, ends
+
+
+def documents(split):
+    """(begin, ids) of each document of `split`, in order: its ids uint16 [n] without BOS, and the
+    position of the first of them in the split."""
+    parts, begin = [], 0
+    for block in split.blocks():
+        tokens, at = block.tokens, 0
+        for i in np.flatnonzero(tokens == BOS).tolist():
+            parts.append(tokens[at:i].copy())
+            if block.offset + i > 0:  # before a BOS at 0 there is nothing
+                yield begin, np.concatenate(parts)
+            parts, at = [], i + 1
+            begin = block.offset + at
+        parts.append(tokens[at:].copy())
+    if len(split):
+        yield begin, np.concatenate(parts)
+
+
+# ---- what stands beside the shards ---------------------------------------------------------------
+
+
+def read_manifest(folder):
+    """The dict in manifest.json of a shard directory, {} where there is none with "files" in it.
+
+    Raises UserError for a file that is not JSON.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({e}); restore or remove it") from None
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        return {}
+    return value
+
+
+def find_tokenizer(folder, manifest):
+    """Path of the tokenizer that belongs to a shard directory, or None: the manifest's, else the
+    only *.model in a `tokenizers` directory up to two levels above, or in the directory itself."""
+    folder = Path(folder).resolve()
+    homes = [*(p / "tokenizers" for p in (folder.parent.parent, folder.parent, folder)), folder]
+    entry = manifest.get("tokenizer")
+    name = entry.get("file") if isinstance(entry, dict) else None
+    if isinstance(name, str) and name == os.path.basename(name):
+        return next((h / name for h in homes if (h / name).is_file()), None)
+    for home in homes:
+        models = sorted(home.glob("*.model"))
+        if models:
+            return models[0] if len(models) == 1 else None
+    return None
