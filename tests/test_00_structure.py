@@ -19,10 +19,10 @@ RULE = "# " + "=" * 98
 # section: (title, lines that it may have). The sum, 12 and 13 included, stays under the 3,753 lines
 # of the record's program.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 123), 3: ("Kernels", 299),
-    4: ("Attention", 137), 5: ("Model", 374), 6: ("Optimisers", 198), 7: ("Data", 242),
+    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 151), 3: ("Kernels", 299),
+    4: ("Attention", 137), 5: ("Model", 374), 6: ("Optimisers", 205), 7: ("Data", 242),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
-    11: ("Test-time training", 406), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 169),
+    11: ("Test-time training", 394), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 188),
     15: ("Main", 143),
 }
 MOST_LINES = 3750
