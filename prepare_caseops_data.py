@@ -508,7 +508,8 @@ def main(argv=None):
         code, message, problem = 130, "interrupted; the old files are as they were", e
     finally:
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # not even open
+                sys.stdout.flush()
         except OSError:
             mute()
     print("; ".join([message, *getattr(problem, "__notes__", [])]), file=sys.stderr)

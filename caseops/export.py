@@ -159,7 +159,8 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
             raise UserError(f"{problems[0]}; nothing was written; --audit tells all that is wrong")
     encoder = open_tokenizer(folder, manifest, tokenizer)
     if encoder is None:
-        raise UserError(f"{folder}: no tokenizer beside these shards; give the one that made them")
+        raise UserError(f"{folder}: no tokenizer beside these shards; give --sp the one that made "
+                        "them")
     with _sink(destination, to_stdout) as (file, path):
         losses = {name: _write(file, shards, name, encoder)
                   for name in ("val", "train") if shards[name]}
@@ -222,6 +223,8 @@ def _batches(items):
 def _sink(destination, to_stdout):
     """(binary file, path) to write to: standard output, or a file that is renamed when whole."""
     if to_stdout:
+        if sys.stdout is None:
+            raise UserError("standard output is closed; give --out FILE")
         yield sys.stdout.buffer, None
         sys.stdout.buffer.flush()
         return

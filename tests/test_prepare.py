@@ -417,6 +417,7 @@ def test_bad_arguments(tmp_path, model, capsys):
         (["--docs", tmp_path / "none.jsonl", "--out", tmp_path / "out", *sp], "no such file"),
         (["--docs", tmp_path / "empty", "--out", tmp_path / "out", *sp], "a directory without"),
         (["--docs", "/dev/null", "--out", tmp_path / "out", *sp], "not a regular file; pipe it"),
+        (["--docs", "", "--out", tmp_path / "out", *sp], "an empty name"),
         (["--docs", "-", docs, "--out", tmp_path / "out", *sp], "cannot be mixed"),
         ([*base, "--sp", tmp_path], "a directory; give --sp the SentencePiece model"),
         ([*base, *sp, "--workers", "0"], "--workers must be at least 1"),
