@@ -177,7 +177,7 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
 def _write(file, shards, name, encoder):
     split, loss = Split(shards[name]), Loss()
     side = sidecar(shards) if name == "val" else None
-    for batch in _batches(documents(split)):
+    for batch in batches(documents(split), BATCH_TOKENS, lambda item: len(item[1]) + 16):
         texts = decode_documents(encoder, [ids for _, ids in batch])
         for (begin, ids), (text, whole) in zip(batch, texts, strict=True):
             original = None
@@ -206,13 +206,13 @@ def _sums_of_manifest(manifest, shards, losses):
             loss.original = sum(sizes)
 
 
-def _batches(items):
-    """Lists of consecutive (begin, ids) of about BATCH_TOKENS tokens together."""
+def batches(items, limit, size_of):
+    """Lists of consecutive items of about `limit` together, at least one each."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
-        size += len(item[1]) + 16
-        if size >= BATCH_TOKENS:
+        size += size_of(item)
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
