@@ -590,6 +590,14 @@ def test_progress_speaks_in_plain_lines(monkeypatch, capsys):
     assert capsys.readouterr().err == "encoding: 50 of 100 MB, 2.50 MB/s, 20 s left\n"
 
 
+def test_a_terminal_without_a_size_has_a_bar():
+    leader, terminal = os.openpty()  # 0 columns, as in a container
+    code = "from caseops.console import Progress; p = Progress('job', 10); p.at(5); p.close()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, stderr=terminal,
+                   check=True)
+    assert b"job:" in os.read(leader, 4096)
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as e:
         prep.main(["--help"])
