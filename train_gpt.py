@@ -1723,10 +1723,11 @@ def check_data(cfg: Config) -> str:
     if overlap and not cfg.ttt_eval_only:
         raise UserError(f"{path}: validation documents are also training documents (val up to "
                         f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
-    for name, entry in files.items():
-        file, digest = path.parent / name, entry.get("sha256") if isinstance(entry, dict) else None
-        if (digest and "_val_" in name and file.is_file()
-                and hashlib.sha256(file.read_bytes()).hexdigest() != digest):
+    listed = any("_val_" in name for name in files)
+    for file in path.parent.glob("fineweb_val_*.bin") if listed else ():
+        entry = files.get(file.name, {"sha256": "none"})
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise UserError(f"{file}: not the file that {path.name} was written with, so training "
                             "may hold its documents; prepare the data again, or see --audit of "
                             "prepare_caseops_data.py")
