@@ -1723,10 +1723,14 @@ def check_data(cfg: Config) -> str:
     if overlap and not cfg.ttt_eval_only:
         raise UserError(f"{path}: validation documents are also training documents (val up to "
                         f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
-    listed = any("_val_" in name for name in files)
-    for file in path.parent.glob("fineweb_val_*.bin") if listed else ():
-        entry = files.get(file.name, {"sha256": "none"})
+    listed = {name for name in files if "_val_" in name}
+    found = {file.name for file in path.parent.glob("fineweb_val_*.bin")} if listed else set()
+    for name in sorted(listed | found):
+        file, entry = path.parent / name, files.get(name, {"sha256": "none"})
         digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if name not in found:
+            raise UserError(f"{file}: no such file, but {path.name} lists it, so a part of the "
+                            "validation set would not be scored; prepare the data again")
         if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise UserError(f"{file}: not the file that {path.name} was written with, so training "
                             "may hold its documents; prepare the data again, or see --audit of "

@@ -19,13 +19,13 @@ RULE = "# " + "=" * 98
 # section: (title, lines that it may have). The sum, 12 and 13 included, stays under the 3,753 lines
 # of the record's program.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 151), 3: ("Kernels", 299),
+    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 299),
     4: ("Attention", 137), 5: ("Model", 374), 6: ("Optimisers", 205), 7: ("Data", 242),
     8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
-    11: ("Test-time training", 394), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 188),
+    11: ("Test-time training", 394), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 184),
     15: ("Main", 143),
 }
-MOST_LINES = 3750
+MOST_LINES = 3300
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
