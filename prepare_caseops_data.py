@@ -31,8 +31,9 @@ same bytes; --restart discards that work.
 Memory does not grow with the input. At most 2N + 2 chunks are under way with N workers; a chunk is
 1.3 MB (plus what 16 kB unpack to, if compressed) or one longer document. The parent takes 130 MB
 and 10 MB a worker, 100 bytes a validation document, and for Parquet the text column of one row
-group; a worker takes 350 MB (and one worker alone, which is the parent, 500 MB). A document larger
-than a chunk takes up to 110 times its size where it is encoded.
+group; a worker takes 350 MB (and one worker alone, which is the parent, 500 MB), and 120 MB more
+where the text has no spaces. A document larger than a chunk takes up to 110 times its size where it
+is encoded.
 
 The manifest's split says where validation ends and training begins in the source ("overlap":
 false), and how many training documents have the very text of a validation document. They stay in,
@@ -508,7 +509,8 @@ def main(argv=None):
         code, message, problem = 130, "interrupted; the old files are as they were", e
     finally:
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # not even open
+                sys.stdout.flush()
         except OSError:
             mute()
     print("; ".join([message, *getattr(problem, "__notes__", [])]), file=sys.stderr)

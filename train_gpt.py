@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -452,6 +452,35 @@ def start_runtime(environ: Mapping[str, str]) -> Runtime:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     return Runtime(rank, world, device)
+
+
+class Recorder:
+    """Runs functions of tensors as CUDA graphs, so that no kernel waits for the host.
+
+    What a key stands for runs at once when it is first met, is recorded when it comes again and
+    replayed from then on, whatever `work` is by then. A result is overwritten by the next call."""
+
+    def __init__(self, record: bool):
+        self.record, self.graphs, self.pool = record, {}, None
+
+    def __call__(self, key: tuple, work: Callable, inputs: Sequence[Tensor]) -> Any:
+        """work(*inputs); the key names all that `work` depends on besides, shapes included."""
+        if not self.record:
+            return work(*inputs)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return work(*inputs)
+        if self.graphs[key] is None:
+            still, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            gc.collect()  # what is left of the first run is bound to another stream
+            # NCCL's own thread may ask for events meanwhile: not this thread's error
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                result = work(*still)
+            self.graphs[key], self.pool = (graph, still, result), graph.pool()
+        graph, still, result = self.graphs[key]
+        torch._foreach_copy_(still, inputs)
+        graph.replay()
+        return result
 
 
 def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
@@ -1587,6 +1616,7 @@ class Optimisers:
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime):
         self.cfg, self.rt = cfg, rt
+        self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
         params = dict(model.named_parameters())
         routes = route(list(params))
         self.banks = [p for name, p in params.items() if routes[name].optimiser == "muon"]
@@ -1669,16 +1699,20 @@ class Optimisers:
         torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
         return shares, small
 
+    def directions(self, *updates: Tensor) -> list[Tensor]:
+        """What Muon makes of each bank's momentum: unit rows, then orthogonal matrices."""
+        if self.cfg.muon_row_normalize:
+            updates = [x / x.norm(dim=-1, keepdim=True).clamp_min(1e-7) for x in updates]
+        return [orthogonalise(x, self.cfg.muon_backend_steps) for x in updates]
+
     def step_muon(self, grads: list[Tensor], lr_factor: float, momentum: float) -> None:
         """Momentum and orthogonalisation on the own share, then the same update on every rank."""
         cfg, pending = self.cfg, []
         torch._foreach_mul_(self.momenta, momentum)
         torch._foreach_add_(self.momenta, grads)
         updates = torch._foreach_add(grads, self.momenta, alpha=momentum)
+        updates = self.recorder(("directions",), self.directions, updates)
         for update, p in zip(updates, self.banks, strict=True):
-            if cfg.muon_row_normalize:
-                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = orthogonalise(update, cfg.muon_backend_steps)
             if self.rt.world == 1:
                 pending.append((p, update, None))
             else:
@@ -1909,10 +1943,15 @@ def check_data(cfg: Config) -> str:
     if overlap and not cfg.ttt_eval_only:
         raise UserError(f"{path}: validation documents are also training documents (val up to "
                         f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
-    for name, entry in files.items():
-        file, digest = path.parent / name, entry.get("sha256") if isinstance(entry, dict) else None
-        if (digest and "_val_" in name and file.is_file()
-                and hashlib.sha256(file.read_bytes()).hexdigest() != digest):
+    listed = {name for name in files if "_val_" in name}
+    found = {file.name for file in path.parent.glob("fineweb_val_*.bin")} if listed else set()
+    for name in sorted(listed | found):
+        file, entry = path.parent / name, files.get(name, {"sha256": "none"})
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if name not in found:
+            raise UserError(f"{file}: no such file, but {path.name} lists it, so a part of the "
+                            "validation set would not be scored; prepare the data again")
+        if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise UserError(f"{file}: not the file that {path.name} was written with, so training "
                             "may hold its documents; prepare the data again, or see --audit of "
                             "prepare_caseops_data.py")
@@ -2638,7 +2677,8 @@ class Adapter:
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
         self.forward, self.cfg, self.rt = forward, cfg, rt
-        self.lora, self.graphs, self.pool = Lora(cfg, batch, rt.device, init), {}, None
+        self.lora = Lora(cfg, batch, rt.device, init)
+        self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
@@ -2690,31 +2730,16 @@ class Adapter:
             self.step()
 
     def replay(self, windows: list[Window], meter: Meter) -> None:
-        """`run`, on CUDA with COMPILE=1 as a graph: a shape runs at once when it is first met, is
-        recorded when it comes again, and replayed from then on. Nothing is compiled, and no kernel
-        waits for the host."""
+        """`run`, on CUDA with COMPILE=1 as a graph; nothing is compiled."""
         window, *more = windows
-        key = meter, window.rows.start, window.ids.shape, window.updates, window.reach
-        if more or self.rt.device.type != "cuda" or not self.cfg.compile:
+        if more:
             self.run(windows, meter)
-        elif key not in self.graphs:
-            self.graphs[key] = None
-            self.run(windows, meter)
-        else:
-            if self.graphs[key] is None:
-                still = window._replace(**{n: x.clone() for n, x in window._asdict().items()
-                                           if isinstance(x, Tensor)})
-                graph = torch.cuda.CUDAGraph()
-                gc.collect()  # what is left of the first run is bound to another stream
-                # NCCL's own thread may ask for events meanwhile: not this thread's error
-                with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                    self.run([still], meter)
-                self.graphs[key], self.pool = (graph, still), graph.pool()
-            graph, still = self.graphs[key]
-            for x, new in zip(still, window, strict=True):
-                if isinstance(x, Tensor):
-                    x.copy_(new)
-            graph.replay()
+            return
+        tensors = {n: x for n, x in window._asdict().items() if isinstance(x, Tensor)}
+        self.recorder(
+            (meter, window.rows.start, window.ids.shape, window.updates, window.reach),
+            lambda *xs: self.run([window._replace(**dict(zip(tensors, xs, strict=True)))], meter),
+            list(tensors.values()))
 
 
 class Streamed(Adapter):
@@ -2942,6 +2967,19 @@ def is_looped(f: float, cfg: Config) -> bool:
     return cfg.num_loops > 0 and f >= cfg.enable_looping_at
 
 
+def row_gradients(forward: Callable, row: Row, looped: bool,
+                  optimisers: Optimisers) -> list[Tensor]:
+    """[mean loss, gradient of every parameter of the optimisers]; the next call overwrites them."""
+    longest = row.segments.max_len
+
+    def work(ids: Tensor, targets: Tensor, cu: Tensor) -> list[Tensor]:
+        loss = forward(ids, targets, Segments(cu, longest), looped).mean()
+        return [loss.detach(), *torch.autograd.grad(loss, optimisers.params)]
+
+    key = "row", looped, longest, row.ids.shape, row.segments.cu.shape
+    return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
+
+
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
              momentum: float) -> Tensor:
     """Forward and backward of this rank's rows, then one update.
@@ -2949,17 +2987,17 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
-        loss = forward(row.ids, row.targets, row.segments, looped).mean() / len(rows)
-        loss.backward()
-        total += loss.detach()
-        part = [p.grad for p in params]
-        for p in params:
-            p.grad = None
+        loss, *part = row_gradients(forward, row, looped, optimisers)
+        total += loss
+        if k % 2 == 0 and k + 1 < len(rows):  # the next row would overwrite it
+            part = torch._foreach_mul(part, 1.0)
         while k & 1:  # a binary tree: the same order of addition in any world size
             part, k = torch._foreach_add(stack.pop(), part), k >> 1
         stack.append(part)
-    for p, grad in zip(params, stack.pop(), strict=True):
+    part, *_ = stack
+    for p, grad in zip(params, torch._foreach_div(part, len(rows)), strict=True):
         p.grad = grad
+    total /= len(rows)
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 

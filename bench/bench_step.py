@@ -2,10 +2,12 @@
 
 Settings are the program's environment variables (PRESET, ATTENTION, TRAIN_BATCH_TOKENS, ...).
 Every figure is the median of REPEATS timed runs (default 20) after 5 untimed ones, with its spread.
-TFLOP/s counts the operations of the matrix products and of causal attention. PROFILE=1 adds tables.
+TFLOP/s counts the operations of the matrix products and of causal attention; the share is of the
+989 TFLOP/s (bfloat16, dense) and 4.8 TB/s of an H200. PROFILE=1 adds tables of kernels.
 """
 
 import os
+import platform
 import statistics
 import sys
 import time
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
 
 REPEATS = int(os.environ.get("REPEATS", 20))
+PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
 
 
 def timed(rt: t.Runtime, work, repeats: int = REPEATS) -> tuple[float, float]:
@@ -66,7 +69,8 @@ def main() -> None:
     rt = t.start_runtime({})
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, attention {attention.name}")
+    print(f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
+          f"{torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)
     forward = t.make_forwards(model, cfg, rt).rows
@@ -75,7 +79,7 @@ def main() -> None:
     for looped in (False, True):
 
         def step(looped=looped):
-            forward(row.ids, row.targets, row.segments, looped).mean().backward()
+            return t.row_gradients(forward, row, looped, optimisers)
 
         step()
         rt.seconds()
@@ -84,25 +88,36 @@ def main() -> None:
         middle, spread = timed(rt, step)
         rate = flops(cfg, row, looped) / middle / 1e9
         print(f"forward+backward {'looped' if looped else 'plain '} {middle:8.2f} ms "
-              f"(+-{spread:.2f}) {rate:6.0f} TFLOP/s {row.ids.numel() / middle / 1e3:.2f} Mtok/s")
+              f"(+-{spread:.2f}) {rate:6.0f} TFLOP/s ({1e14 * rate / PEAK_FLOPS:.0f}%) "
+              f"{row.ids.numel() / middle / 1e3:.2f} Mtok/s")
         if os.environ.get("PROFILE"):
             profile(step)
-    grads = [p.grad.clone() for p in model.parameters()]
-
-    def update():
-        for p, g in zip(model.parameters(), grads, strict=True):
-            p.grad = g.clone()
-        optimisers.step(0.0, 0.95)
+    _loss, *grads = step()
 
     def copies():
-        for p, g in zip(model.parameters(), grads, strict=True):
-            p.grad = g.clone()
+        for p, g in zip(optimisers.params, torch._foreach_mul(grads, 1.0), strict=True):
+            p.grad = g
+
+    def update():
+        copies()
+        optimisers.step(0.0, 0.95)
 
     copying = timed(rt, copies)[0]
     middle, spread = timed(rt, update)
-    print(f"optimiser with clipping {middle - copying:8.2f} ms (+-{spread:.2f})")
+    weights = sum(4 * p.numel() for p in optimisers.params)
+    # at least: gradient and moment read, moment written, weight read and written
+    least = 5 * weights / PEAK_BYTES * 1e3
+    print(f"optimiser with clipping {middle - copying:8.2f} ms (+-{spread:.2f}), at least "
+          f"{least:.2f} ms of memory traffic")
     middle, spread = timed(rt, ema.update)
-    print(f"average (EMA)           {middle:8.2f} ms (+-{spread:.2f})")
+    print(f"average (EMA)           {middle:8.2f} ms (+-{spread:.2f}), at least "
+          f"{3 * weights / PEAK_BYTES * 1e3:.2f} ms")
+    rows = [synthetic_row(cfg, rt, seed) for seed in range(rt.accumulation)]
+    for looped in (False, True):
+        middle, spread = timed(rt, lambda looped=looped: t.run_step(
+            forward, rows, looped, optimisers, 0.0, 0.95), max(3, REPEATS // 4))
+        print(f"whole step of {len(rows)} rows {'looped' if looped else 'plain '} {middle:8.2f} ms "
+              f"(+-{spread:.2f}) {cfg.train_batch_tokens / middle / 1e3:.2f} Mtok/s")
     if rt.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -1,6 +1,7 @@
 """What a run says: lines on standard output, progress on standard error."""
 
 import os
+import shutil
 import sys
 import time
 
@@ -34,7 +35,9 @@ class Progress:
         self.began = self.told = time.monotonic()
         self.bar = None
         if sys.stderr is not None and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=job, unit="B", unit_scale=True)
+            columns, rows = shutil.get_terminal_size()  # 0 x 0, as in a container, becomes 80 x 24
+            self.bar = tqdm(total=total, initial=start, desc=job, unit="B", unit_scale=True,
+                            ncols=columns, nrows=rows)
 
     def at(self, position):
         """Say that `position` bytes are done."""

@@ -16,7 +16,6 @@ except ImportError:  # numba: the same ids without it, several times slower
     SegmentCache = None
 
 OPERATOR_IDS = {op: 4 + i for i, op in enumerate(caps.OPERATORS)}
-BATCH_BYTES = 1 << 20
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space inside pieces
 
 
@@ -131,19 +130,6 @@ class Encoder:
         joined = [first, *(pair for part in rest for pair in (self._mark, part))]
         ids, spans = zip(*joined, strict=True)
         return np.concatenate(ids), np.concatenate(spans)
-
-
-def batches(documents, limit=BATCH_BYTES):
-    """Lists of consecutive documents of about `limit` bytes together, at least one each."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += document.size + 64
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # ---- training a tokenizer ------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
             raise UserError(f"{problems[0]}; nothing was written; --audit tells all that is wrong")
     encoder = open_tokenizer(folder, manifest, tokenizer)
     if encoder is None:
-        raise UserError(f"{folder}: no tokenizer beside these shards; give the one that made them")
+        raise UserError(f"{folder}: no tokenizer beside these shards; give --sp the one that made "
+                        "them")
     with _sink(destination, to_stdout) as (file, path):
         losses = {name: _write(file, shards, name, encoder)
                   for name in ("val", "train") if shards[name]}
@@ -176,7 +177,7 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
 def _write(file, shards, name, encoder):
     split, loss = Split(shards[name]), Loss()
     side = sidecar(shards) if name == "val" else None
-    for batch in _batches(documents(split)):
+    for batch in batches(documents(split), BATCH_TOKENS, lambda item: len(item[1]) + 16):
         texts = decode_documents(encoder, [ids for _, ids in batch])
         for (begin, ids), (text, whole) in zip(batch, texts, strict=True):
             original = None
@@ -205,13 +206,13 @@ def _sums_of_manifest(manifest, shards, losses):
             loss.original = sum(sizes)
 
 
-def _batches(items):
-    """Lists of consecutive (begin, ids) of about BATCH_TOKENS tokens together."""
+def batches(items, limit, size_of):
+    """Lists of consecutive items of about `limit` together, at least one each."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
-        size += len(item[1]) + 16
-        if size >= BATCH_TOKENS:
+        size += size_of(item)
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
@@ -222,6 +223,8 @@ def _batches(items):
 def _sink(destination, to_stdout):
     """(binary file, path) to write to: standard output, or a file that is renamed when whole."""
     if to_stdout:
+        if sys.stdout is None:
+            raise UserError("standard output is closed; give --out FILE")
         yield sys.stdout.buffer, None
         sys.stdout.buffer.flush()
         return

@@ -24,8 +24,9 @@ import numpy as np
 from caseops import BOS, UserError
 from caseops.console import say
 from caseops.encoder import Encoder
-from caseops.shards import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, file_sha256, write_whole
+from caseops.shards import file_sha256, write_whole
 from caseops.sources import require
+from caseops.splits import HEADER_BYTES, read_header
 from caseops.staging import MANIFEST, locked, recover
 
 SETS = {"caseops": "romeerp/parameter-golf-caseops-v1", "docs": "willdepueoai/parameter-golf"}
@@ -217,17 +218,17 @@ def read_json(path):
 
 def read_shard(path):
     """The values (uint16 [n]) of a shard, mapped. Raises UserError where the header is wrong."""
-    header, size = np.fromfile(path, "<i4", HEADER_INTS), path.stat().st_size
-    if len(header) < HEADER_INTS or header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION] \
-            or size != 4 * HEADER_INTS + 2 * int(header[2]):
-        raise UserError(f"{path}: not a shard of this format; the repository holds something else")
-    return np.memmap(path, "<u2", "r", 4 * HEADER_INTS) if header[2] else np.empty(0, "<u2")
+    _, problem = read_header(path)
+    if problem:
+        raise UserError(f"{path}: not a shard of this format ({problem}); the repository holds "
+                        "something else")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES)
 
 
 def shard_entry(path, vocab_size):
     """The manifest's entry of one token shard, and where its documents begin (bool [n])."""
     values = read_shard(path)
-    if len(values) and int(values.max()) >= vocab_size:
+    if int(values.max()) >= vocab_size:
         raise UserError(f"{path}: id {int(values.max())}, but the tokenizer has {vocab_size} "
                         "pieces; the repository disagrees with itself")
     begins = values == BOS

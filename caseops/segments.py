@@ -29,7 +29,17 @@ _TAKEN, _REFUSED, _UNCLASSIFIED = range(3)  # the fate of a document
 # ---- the compiled loop ---------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, inline="always")
+def _compiled(**options):
+    """numba.njit, kept on the disk if a directory for it can be written."""
+    def compiled(function):
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # a read-only checkout, and no home directory
+            return numba.njit(**options)(function)
+    return compiled
+
+
+@_compiled(inline="always")
 def _character(data, i):
     """(code point, bytes) of the UTF-8 character at i."""
     a = np.int64(data[i])
@@ -43,7 +53,7 @@ def _character(data, i):
             | data[i + 3] & 0x3F), 4
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _word(data, i, end, kinds):
     """(end of the word that begins at i, its worst kind; _LETTER where all of it can be cut)."""
     worst, begin = _LETTER, i
@@ -60,7 +70,7 @@ def _word(data, i, end, kinds):
     return i, worst
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _run(data, i, end, kinds, many_digits):
     """The end of the run of one kind that begins at i."""
     c, size = _character(data, i)
@@ -81,7 +91,7 @@ def _run(data, i, end, kinds, many_digits):
 _KEY_BYTES, _ROW_PAIRS, _PENDING = 24, 8, np.uint32(0xFFFFFFFF)
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _key(data, a, b):
     """The segment data[a:b] as three words: itself, or its hash where it is long."""
     words = (np.uint64(0), np.uint64(0), np.uint64(0))
@@ -100,7 +110,7 @@ def _key(data, a, b):
     return first, second, third
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _same(data, a, b, keys, begin):
     i = 0
     while i < b - a and keys[begin + np.uint64(i)] == data[a + i]:
@@ -108,7 +118,7 @@ def _same(data, a, b, keys, begin):
     return i == b - a
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _row(data, a, b, rows, keys):
     """(row of the segment data[a:b], or the free one where it belongs; its key)."""
     key = _key(data, a, b)
@@ -129,7 +139,7 @@ def _row(data, a, b, rows, keys):
     return at, key
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _enter(data, a, b, rows, keys, fresh, used):
     """The row of the segment data[a:b], made where it is new; -1 where there is no room.
 
@@ -152,7 +162,7 @@ def _enter(data, a, b, rows, keys, fresh, used):
     return np.int64(at)
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _scan(data, begins, kinds, shape, store, used, found):
     """Look every segment of the documents up, in order.
 
@@ -195,7 +205,7 @@ def _scan(data, begins, kinds, shape, store, used, found):
     return True, fates, ends
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _count_pairs(found, ends, small):
     """Ends of the documents in pairs, from their ends in segments (in place)."""
     n = k = 0
@@ -206,7 +216,7 @@ def _count_pairs(found, ends, small):
         ends[d] = n
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _gather(found, small, pairs, ids, counts):
     """Write the (id, count) pairs of the rows `found`, in order."""
     n = 0
@@ -225,7 +235,7 @@ def _gather(found, small, pairs, ids, counts):
                 n += 1
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _store(at, cuts, new, small, pairs, used):
     """Give row at[i] the pairs new[cuts[i]:cuts[i + 1] - 2]; `pairs` has room. Pairs used then."""
     for i in range(len(at)):
@@ -240,7 +250,7 @@ def _store(at, cuts, new, small, pairs, used):
     return used
 
 
-@numba.njit(cache=True)
+@_compiled()
 def _rehash(old, keys, rows):
     """Enter the rows of `old` into the larger, empty table `rows`."""
     buffer = np.empty(_KEY_BYTES, np.uint8)
@@ -282,8 +292,9 @@ class SegmentCache:
     `sp` is the SentencePieceProcessor of `model` (bytes); `exact(data)` -> (ids, counts), two int
     arrays, encodes one transformed text (UTF-8); `keeps_marks`: U+2581 is not white space to this
     tokenizer, so text that holds it is not taken. After a batch the cache is emptied if it holds
-    more than `limit` segments (at most 300 bytes each). Raises ValueError for a tokenizer that the
-    cuts are not exact for.
+    more than `limit` segments, or as much of long ones as would take their memory: a script
+    without spaces has segments of a whole line. Raises ValueError for a tokenizer that the cuts are
+    not exact for.
     """
 
     def __init__(self, sp, model, exact, keeps_marks=False, limit=1 << 20):
@@ -361,7 +372,7 @@ class SegmentCache:
         _count_pairs(found, ends, small)
         ids, counts = np.empty((2, ends[-1]), np.uint16)
         _gather(found, small, self._pairs, ids, counts)
-        if self._used[0] > self._limit:
+        if max(self._used[0], self._used[2] // 32, self._n_pairs // 16) > self._limit:
             self._empty()
         return [(ids[a:b], counts[a:b]) if fate == _TAKEN else None
                 for fate, a, b in zip(fates, [0, *ends], ends, strict=False)]

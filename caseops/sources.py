@@ -110,7 +110,7 @@ class Lines(Chunk):
         except UnicodeDecodeError as e:
             self.reject(number, f"not UTF-8 ({e.reason} at byte {e.start} of the line)")
         except json.JSONDecodeError as e:
-            self.reject(number, f"not JSON ({e.msg} at column {e.colno})")
+            self.reject(number, f"not JSON ({e.msg.removesuffix(' at')} at column {e.colno})")
         except (ValueError, RecursionError) as e:  # a number or a nesting beyond Python's limits
             self.reject(number, f"not JSON that can be read ({e})")
         if isinstance(value, dict):
@@ -177,14 +177,16 @@ class Packing:
     """A compression: the file's first bytes, a fresh decompressor, and its error."""
 
     name: str
-    magic: bytes
+    magic: bytes | tuple[bytes, ...]
     machine: Callable[[], Any]
     error: Callable[[], type]
 
 
+# A frame, or one to be skipped, with which pzstd begins.
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd", *(bytes([x, 0x2a, 0x4d, 0x18]) for x in range(0x50, 0x60))
 PACKINGS = (
     Packing("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(31), lambda: zlib.error),
-    Packing("zstd", b"\x28\xb5\x2f\xfd", lambda: require("zstandard").ZstdDecompressor(
+    Packing("zstd", ZSTD_MAGIC, lambda: require("zstandard").ZstdDecompressor(
         max_window_size=1 << 31).decompressobj(), lambda: require("zstandard").ZstdError),
     Packing("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor, lambda: lzma.LZMAError))
 PARQUET = b"PAR1"
@@ -203,7 +205,11 @@ def find_files(paths):
         if path == "-":
             if len(paths) > 1:
                 raise UserError("--docs -: standard input cannot be mixed with files; give one")
+            if sys.stdin is None:
+                raise UserError("--docs -: standard input is closed; pipe the documents in")
             found.append(path)
+        elif not path:
+            raise UserError("--docs '': an empty name; give a file")
         elif Path(path).is_dir():
             inside = sorted(str(p) for p in Path(path).iterdir()
                             if p.name.endswith(SUFFIXES) and p.is_file())
@@ -326,7 +332,8 @@ class Source:
             for start in range(0, len(block), PACKED_BYTES):
                 data = block[start:start + PACKED_BYTES]
                 size = len(data)
-                while data:
+                # After one another may follow, or zeros that fill up a tape's block.
+                while data := data if machine else data.lstrip(b"\0"):
                     machine = machine or packing.machine()
                     try:
                         out = machine.decompress(data)
@@ -334,8 +341,8 @@ class Source:
                         self._fail(name, f"damaged {packing.name} data in the {size:,} bytes after "
                                          f"byte {read:,} ({e})")
                     data = b""
-                    if machine.eof:  # another may follow, or zeros that fill up a tape's block
-                        data, machine = machine.unused_data.lstrip(b"\0"), None
+                    if machine.eof:
+                        data, machine = machine.unused_data, None
                     yield out
                 read += size
         if machine is not None:
@@ -354,9 +361,9 @@ class Source:
             raise UserError(f"{path}: damaged Parquet file, its footer cannot be read "
                             f"({first_line(e)}); fetch the file again") from None
         schema = file.schema_arrow
-        if self.column not in schema.names:
-            raise UserError(f"{path}: no column {self.column!r}; give --text-column one of "
-                            f"{', '.join(schema.names)}")
+        if (n := schema.names.count(self.column)) != 1:
+            raise UserError(f"{path}: {n or 'no'} column{'s'[:n]} {self.column!r}; give "
+                            f"--text-column one of {', '.join(schema.names)}")
         kind = schema.field(self.column).type
         if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
             raise UserError(f"{path}: column {self.column!r} holds {kind}, not strings; give "

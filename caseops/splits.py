@@ -66,13 +66,13 @@ def find_shards(folder):
     found = {"train": [], "val": [], "val_bytes": [], "train_bytes": []}
     for path in sorted(Path(folder).iterdir()):
         if match := _NAME.fullmatch(path.name):
-            tokens, problem = _read_header(path)
+            tokens, problem = read_header(path)
             found[match[1] + (match[2] or "")].append(
                 Shard(path, int(match[3]), tokens, problem))
     return found
 
 
-def _read_header(path):
+def read_header(path):
     """(tokens that can be read, problem or ""). A file of another format has no tokens."""
     size = path.stat().st_size
     with open(path, "rb") as f:

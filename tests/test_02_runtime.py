@@ -59,3 +59,20 @@ def test_the_bar_draws_on_terminals_only():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120,
                          check=True)
     assert run.stdout == run.stderr == b""
+
+
+def test_a_recorder_that_does_not_record_just_calls():
+    recorder = t.Recorder(False)
+    assert [recorder("key", lambda x: x + 1, [torch.tensor(n)]).item() for n in (1, 2)] == [2, 3]
+    assert not recorder.graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
+def test_a_recorded_function_is_replayed_on_new_inputs():
+    recorder, calls = t.Recorder(True), []
+    for n in range(4):
+        x = torch.full((3,), float(n), device="cuda")
+        result = recorder("key", lambda x: calls.append(1) or x * 2, [x])
+        assert result.tolist() == [2.0 * n] * 3
+    assert len(calls) == 2  # at once, and while recording

@@ -400,3 +400,11 @@ def test_a_validation_file_swapped_after_the_split_is_refused(tmp_path):
     t.check_data(tiny(data_path=str(tmp_path)))
     file.write_bytes(b"other")
     assert "not the file that manifest.json" in refused(t.check_data, tiny(data_path=str(tmp_path)))
+    file.write_bytes(b"first")
+    (tmp_path / "fineweb_val_000001.bin").write_bytes(b"of another set")
+    assert "val_000001.bin: not the file" in refused(t.check_data, tiny(data_path=str(tmp_path)))
+
+
+def test_a_validation_file_that_is_listed_must_be_there(tmp_path):
+    manifest(tmp_path, files={"fineweb_val_000003.bin": {"sha256": "0" * 64}})
+    assert "val_000003.bin: no such file" in refused(t.check_data, tiny(data_path=str(tmp_path)))

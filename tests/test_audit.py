@@ -538,6 +538,19 @@ def test_sidecar_that_does_not_fit_the_text(prepared, model, tmp_path):
     assert any("sidecar or tokens are wrong" in x for x in report.problems)
 
 
+def test_sidecar_shifted_within_documents(prepared, model, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(prepared[5], folder)
+    (folder / "manifest.json").unlink()
+    for path in folder.glob("fineweb_val_bytes_*.bin"):
+        inside = shard(folder, path.name.replace("_bytes", "")) != 1
+        counts = shard(folder, path.name)
+        counts[inside] = np.roll(counts[inside], 1)
+        write_shard(path, counts)
+    report, _ = run(folder, tokenizer=model)
+    assert any("tokens of letters or operators" in x for x in report.problems)
+
+
 # ---- export --------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,10 @@
 """caseops/encoder.py and segments.py: the fast path equals the slow, on text meant to break it."""
 
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -172,6 +176,31 @@ def test_a_piece_of_letters_and_others_keeps_words_whole():
     assert any("\u212ae" in encoder.sp.id_to_piece(i) for i in range(encoder.size))
     curious = [text.replace("\u2581", "") for text in fuzz(300, 14)]
     assert differing(encoder, [*prose, "\u212aelvin \u212ael vin2\u212ae", *curious]) == []
+
+
+def test_memory_is_bounded_where_segments_are_long(published):
+    """Text without spaces: a line is a segment, and no two are the same."""
+    rng = random.Random(15)
+    cache = encoding.SegmentCache(published.sp, MODEL.read_bytes(), published.encode_transformed,
+                                  limit=4000)
+    for _ in range(12):
+        texts = ["".join(map(chr, rng.choices(range(0x4e00, 0x5e00), k=60))) for _ in range(500)]
+        cache.encode(texts)
+        assert cache._used[2] <= 32 * 4000
+        assert cache._n_pairs <= 16 * 4000
+
+
+def test_compiled_where_no_directory_takes_it(tmp_path):
+    """A read-only checkout and no home directory, such as in a container."""
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "caseops", tmp_path / "caseops",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "caseops" / "__pycache__").write_text("in the way")
+    shutil.copy(root / "lossless_caps.py", tmp_path)
+    nowhere = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA")} \
+        | {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null"}
+    subprocess.run([sys.executable, "-c", "import caseops.segments"], cwd=tmp_path, env=nowhere,
+                   check=True)
 
 
 def test_without_the_compiler_the_slow_path_serves(monkeypatch, published):

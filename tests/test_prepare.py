@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps as caps  # noqa: E402
 import prepare_caseops_data as prep  # noqa: E402
-from caseops import demo, shards, sources  # noqa: E402
+from caseops import demo, export, shards, sources  # noqa: E402
 from caseops import encoder as encoding  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -189,10 +189,10 @@ def test_piece_too_long_is_found_with_and_without_counts(published):
 
 def test_batches_keep_order_and_lose_nothing():
     documents = [sources.Document("x" * n, n, i) for i, n in enumerate([5, 0, 900, 3, 3000, 1])]
-    cut = list(encoding.batches(documents, limit=1000))
+    cut = list(export.batches(documents, 1000, lambda d: d.size))
     assert [d for b in cut for d in b] == documents
     assert len(cut) > 1
-    assert list(encoding.batches([])) == []
+    assert list(export.batches([], 1000, len)) == []
 
 
 # ---- tokenizer training --------------------------------------------------------------------------
@@ -417,6 +417,7 @@ def test_bad_arguments(tmp_path, model, capsys):
         (["--docs", tmp_path / "none.jsonl", "--out", tmp_path / "out", *sp], "no such file"),
         (["--docs", tmp_path / "empty", "--out", tmp_path / "out", *sp], "a directory without"),
         (["--docs", "/dev/null", "--out", tmp_path / "out", *sp], "not a regular file; pipe it"),
+        (["--docs", "", "--out", tmp_path / "out", *sp], "an empty name"),
         (["--docs", "-", docs, "--out", tmp_path / "out", *sp], "cannot be mixed"),
         ([*base, "--sp", tmp_path], "a directory; give --sp the SentencePiece model"),
         ([*base, *sp, "--workers", "0"], "--workers must be at least 1"),
@@ -587,6 +588,14 @@ def test_progress_speaks_in_plain_lines(monkeypatch, capsys):
     progress.at(50e6)
     progress.close()
     assert capsys.readouterr().err == "encoding: 50 of 100 MB, 2.50 MB/s, 20 s left\n"
+
+
+def test_a_terminal_without_a_size_has_a_bar():
+    leader, terminal = os.openpty()  # 0 columns, as in a container
+    code = "from caseops.console import Progress; p = Progress('job', 10); p.at(5); p.close()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, stderr=terminal,
+                   check=True)
+    assert b"job:" in os.read(leader, 4096)
 
 
 def test_help_names_every_flag(capsys):

@@ -89,6 +89,15 @@ def test_two_members_and_padding_are_one_stream(plain, texts, tmp_path):
         packed = b"".join(PACK[kind](b"".join(part)) for part in (lines[:5], lines[5:]))
         (tmp_path / kind).write_bytes(packed + b"\0" * (512 if kind == "gz" else 0))
         assert [d.text for d in sources.Source(tmp_path / kind)] == texts
+    for zeros in (sources.PACKED_BYTES, 3 * sources.BLOCK_BYTES):  # in blocks of their own
+        (tmp_path / "gz").write_bytes(PACK["gz"](plain.read_bytes()) + b"\0" * zeros)
+        assert [d.text for d in sources.Source(tmp_path / "gz")] == texts
+
+
+def test_zstd_may_begin_with_a_frame_to_be_skipped(plain, texts, tmp_path):
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"abcd"  # as pzstd writes it
+    (tmp_path / "d").write_bytes(skipped + zstd(plain.read_bytes()) + skipped)
+    assert [d.text for d in sources.Source(tmp_path / "d")] == texts
 
 
 def test_chunks_end_at_the_held_out_documents(plain, texts, tmp_path, small_chunks):
@@ -134,6 +143,15 @@ def test_text_column(plain, tmp_path, capsys):
         sources.Source(tmp_path / "p", "id")
     (tmp_path / "j").write_text('{"body": "x"}\n')
     assert [d.text for d in sources.Source(tmp_path / "j", "body")] == ["x"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    table = arrow.table([arrow.array(["a"]), arrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(UserError, match="2 columns 'text'"):
+        sources.Source(tmp_path / "d.parquet")
 
 
 def test_null_in_parquet_names_its_row(tmp_path, model, capsys):  # noqa: F811
@@ -370,6 +388,13 @@ def test_output_that_cannot_be_written(stdout, plain, tmp_path, model):  # noqa:
         assert done.stderr.count(b"\n") <= 1
     folder = tmp_path / "o" / "datasets" / SET
     assert (folder / "manifest.json").exists()
+    for closed, *argv in (["<&-", "--docs", "-", "--sp", model, "--out", tmp_path / "c"],
+                          [">&-", "--export", folder], [">&-", "--audit", folder]):
+        done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, TOOL,
+                               *map(str, argv)], check=False, stderr=subprocess.PIPE, timeout=60)
+        told = [b"closed"] if "--audit" not in argv else []
+        assert [b"closed" for x in done.stderr.splitlines() if b"is closed; " in x] == told
+        assert done.stderr.count(b"\n") == len(told)
     export = subprocess.Popen([sys.executable, TOOL, "--export", str(folder)],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     export.stdout.close()
