@@ -57,26 +57,31 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
+try:
+    import numpy as np
+    import sentencepiece
 
-import lossless_caps as caps
-from caseops import COUNT_LIMIT, UserError, sources
-from caseops.console import Progress, mute, say
-from caseops.demo import build_demo
-from caseops.encoder import Encoder, train_tokenizer
-from caseops.shards import ShardWriter, write_whole
-from caseops.sources import DocumentProblem, Source, choose_val_docs
-from caseops.staging import (
-    DIGESTS,
-    MANIFEST,
-    Staging,
-    check_target,
-    install,
-    locked,
-    recover,
-)
-from caseops.workers import DIGEST_BYTES, encode_all, text_digest
+    import lossless_caps as caps
+    from caseops import COUNT_LIMIT, UserError, sources
+    from caseops.console import Progress, mute, say
+    from caseops.demo import build_demo
+    from caseops.encoder import Encoder, train_tokenizer
+    from caseops.shards import ShardWriter, write_whole
+    from caseops.sources import DocumentProblem, Source, choose_val_docs
+    from caseops.staging import (
+        DIGESTS,
+        MANIFEST,
+        Staging,
+        check_target,
+        install,
+        locked,
+        recover,
+    )
+    from caseops.workers import DIGEST_BYTES, encode_all, text_digest
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is not installed; pip install -r requirements.txt",
+          file=sys.stderr)
+    sys.exit(2)
 
 PROGRAM_VERSION = "1.1"
 MANIFEST_FORMAT = 1

@@ -45,7 +45,8 @@ def shard_directory(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory; give the directory that holds the shards")
+        wrong = "not a directory" if folder.exists() else "no such directory"
+        raise UserError(f"{folder}: {wrong}; give the directory that holds the shards")
     level = [folder]
     for _ in range(5):
         found = [d for d in level if any(_NAME.fullmatch(n) for n in os.listdir(d))]

@@ -87,10 +87,10 @@ class Staging:
             self.note = f"{journal}: cannot be used ({e}); starting anew"
             return
         for key in sorted({*theirs, *self.identity}):
-            if theirs.get(key) != self.identity.get(key):
-                raise UserError(f"{self.folder}: unfinished work with {key} {theirs.get(key)}, not "
-                                f"{self.identity.get(key)}; use what it was begun with, or "
-                                "--restart to discard it")
+            then, now = theirs.get(key, "unset"), self.identity.get(key, "unset")
+            if then != now:
+                raise UserError(f"{self.folder}: unfinished work with {key} {then}, not {now}; use "
+                                "what it was begun with, or --restart to discard it")
         self.state = state
 
     def save(self, state):

@@ -606,3 +606,11 @@ def test_help_names_every_flag(capsys):
     for flag in ("--docs", "--out", "--sp", "--val-docs", "--train-tokenizer", "--vocab-size",
                  "--shard-tokens", "--demo"):
         assert flag in text
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('none', name='tqdm')")
+    done = subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--help"], text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: tqdm is not installed; pip install -r requirements.txt\n"
