@@ -409,7 +409,7 @@ def test_nothing_to_audit(tmp_path, clean):
     (folder / "manifest.json").write_text("{oops")
     for place, said in (
             (tmp_path / "none", "no such directory"), (tmp_path / "empty", "no shards"),
-            (tmp_path / "file", "no such directory"), (two, "several shard directories"),
+            (tmp_path / "file", "not a directory"), (two, "several shard directories"),
             (only, "no train shards"), (folder, "manifest.json: not JSON")):
         with pytest.raises(UserError) as e:
             run(place)
