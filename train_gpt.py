@@ -1670,7 +1670,7 @@ class Optimisers:
         for g in grads:
             first = self.rt.rank * len(g)
             parts.append(g.new_zeros(self.rt.world * len(g)))
-            parts[-1][first : first + len(g)] = g.square().sum(dim=(1, 2))
+            parts[-1][first : first + len(g)] = torch.linalg.vector_norm(g, dim=(1, 2)).square()
         found = self.rt.sum_(torch.cat(parts)).split([len(part) for part in parts])
         return [part[: len(bank)] for part, bank in zip(found, self.banks, strict=True)]
 
