@@ -93,10 +93,6 @@ class Report:
         """For the command line."""
         return int(bool(self.leaks or self.problems))
 
-    def as_dict(self):
-        """Everything, ready for JSON."""
-        return dataclasses.asdict(self) | {"leaks": self.leaks, "exit_code": self.exit_code}
-
 
 def ordered_runs(findings):
     """[(documents, first, last, shift)] where validation documents stand in training in the same

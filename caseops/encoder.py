@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps as caps
-from caseops import BOS, COUNT_LIMIT, UserError
+from caseops import BOS, COUNT_LIMIT, SPACE_MARK, UserError
 
 try:
     from caseops.segments import SegmentCache
@@ -16,7 +16,6 @@ except ImportError:  # numba: the same ids without it, several times slower
     SegmentCache = None
 
 OPERATOR_IDS = {op: 4 + i for i, op in enumerate(caps.OPERATORS)}
-SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space inside pieces
 
 
 class DocumentError(ValueError):

@@ -14,8 +14,8 @@ import numba
 import numpy as np
 
 import lossless_caps as caps
+from caseops import SPACE_MARK
 
-SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space inside pieces
 # Normalisers that map character by character, but for combining marks and Hangul Jamo: the name as
 # it stands in the serialized model.
 _NORMALISERS = (b"\x0a\x08nmt_nfkc", b"\x0a\x08identity")

@@ -178,34 +178,6 @@ def test_no_gradient_enters_what_is_kept_and_it_stays_as_it_was():
         assert not torch.equal(before, adapter.past.kv)
 
 
-def test_training_helps_on_text_that_repeats():
-    cfg = tiny(ttt_lora_lr=0.02, phased_ttt_prefix_docs=0, ttt_weight_decay=0.0, ttt_stream=True)
-    model = busy_model(cfg)
-    ids = np.concatenate([[1], np.tile([7, 9, 23, 40, 8, 11], 25)])
-    val = t.ValSet(ids, np.where(ids == 1, 0, 2).astype(np.int32))
-    assert score(model, val, cfg).loss < 0.7 * windowed_loss(model, val, cfg)
-
-
-def test_a_score_does_not_know_later_tokens_nor_other_documents():
-    cfg = tiny()
-    model, val = busy_model(cfg), val_set([50, 44, 61, 40])
-    batch = one_batch(val)
-    cut, doc = 3, batch[-1]  # change everything of the longest document after its chunks 0, 1, 2
-    ids = val.ids.copy()
-    begin = doc.begin + 1 + cut * cfg.ttt_chunk_size
-    ids[begin:doc.end - 1] = 2 + (ids[begin:doc.end - 1] + 9) % 62
-    runs = []
-    for tokens in (val.ids, ids):
-        meter = Recorder()
-        adapter = t.Streamed(model, cfg, runtime(), 4, cosine_start)
-        t.score_batch(adapter, batch, t.ValSet(tokens, val.bytes), meter, nothing)
-        runs.append([torch.where(mask, losses, 0) for losses, _, mask in meter.calls])
-    assert len(runs[0]) == len(runs[1]) == -(-62 // 8)
-    for chunk, (x, y) in enumerate(zip(*runs, strict=True)):
-        assert torch.equal(x[-1], y[-1]) == (chunk < cut), chunk
-        assert torch.equal(x[:-1], y[:-1])
-
-
 def test_what_an_earlier_batch_kept_is_not_seen():
     """The ring is not emptied between batches: the mask alone hides what lies in it."""
     cfg = tiny(ttt_warm_start_a=False)

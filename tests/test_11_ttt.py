@@ -140,15 +140,17 @@ def test_a_document_does_not_know_its_batch():
     assert math.isclose(alone.loss, together.loss, abs_tol=2e-3)
 
 
-def test_training_helps_on_text_that_repeats():
-    cfg = tiny(ttt_lora_lr=0.02, phased_ttt_prefix_docs=0, ttt_weight_decay=0.0)
+@pytest.mark.parametrize("stream", [False, True])
+def test_training_helps_on_text_that_repeats(stream):
+    cfg = tiny(ttt_lora_lr=0.02, phased_ttt_prefix_docs=0, ttt_weight_decay=0.0, ttt_stream=stream)
     model = busy_model(cfg)
     ids = np.concatenate([[1], np.tile([7, 9, 23, 40, 8, 11], 25)])
     val = t.ValSet(ids, np.where(ids == 1, 0, 2).astype(np.int32))
     assert score(model, val, cfg).loss < 0.7 * windowed_loss(model, val, cfg)
 
 
-def test_a_score_does_not_know_later_tokens():
+@pytest.mark.parametrize("make", [t.Adapter, t.Streamed])
+def test_a_score_does_not_know_later_tokens_nor_other_documents(make):
     cfg = tiny()
     model, val = busy_model(cfg), val_set([50, 44, 61, 40])
     batch = one_batch(val)
@@ -159,7 +161,7 @@ def test_a_score_does_not_know_later_tokens():
     runs = []
     for tokens in (val.ids, ids):
         meter = Recorder()
-        adapter = t.Adapter(model, cfg, runtime(), 4, cosine_start)
+        adapter = make(model, cfg, runtime(), 4, cosine_start)
         t.score_batch(adapter, batch, t.ValSet(tokens, val.bytes), meter, nothing)
         runs.append([torch.where(mask, losses, 0) for losses, _, mask in meter.calls])
     first, second = runs

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps as caps  # noqa: E402
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, TITLE  # noqa: E402
+from tests.plain_caseops import plain_transform  # noqa: E402
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "caseops.jsonl"
 
@@ -80,28 +81,6 @@ def test_decoder_refuses(encoded, position):
 # ---- fuzz against the plain twin -----------------------------------------------------------------
 
 
-def encode_twin(text):
-    """The encoder's rules word by word, with no cleverness."""
-    out, i = [], 0
-    while i < len(text):
-        if not (text[i].isascii() and text[i].isalpha()):
-            out.append(ESC + text[i] if text[i] in caps.OPERATORS else text[i])
-            i += 1
-            continue
-        end = i
-        while end < len(text) and text[end].isascii() and text[end].isalpha():
-            end += 1
-        word, i = text[i:end], end
-        if word.islower():
-            out.append(word)
-        elif len(word) >= 2 and word.isupper():
-            out.append(ALLCAPS + word.lower())
-        else:
-            out.append((TITLE if word[0].isupper() else "") + word[0].lower())
-            out += [(CAPNEXT if x.isupper() else "") + x.lower() for x in word[1:]]
-    return "".join(out)
-
-
 NASTY = [*"aAbBzZ mM\n\t\0'_09-", *caps.OPERATORS, "\ue000", "\ue005", "é", "\u0301", "İ", "ß", "ẞ",
          "ſ", "K", "ǅ", "\ufb01", "\uff21", "😀", "\u2581", "\u200d", "\ufeff", "\U0010ffff",
          "The", "USA", "\r\n"]
@@ -110,7 +89,7 @@ texts = st.one_of(st.text(), st.lists(st.sampled_from(NASTY)).map("".join))
 
 def check_against_twins(text):
     encoded = caps.encode(text)
-    assert encoded == encode_twin(text)
+    assert encoded == plain_transform(text)
     assert caps.decode(encoded) == text
     assert caps.check(text) is None
 
@@ -129,7 +108,7 @@ def test_fuzz_seeded():
 
 def test_lone_surrogates_survive():
     for text in ("\ud800", "A\udfffB", "\ud800\udc00X", "Ab\udbff"):
-        assert caps.encode(text) == encode_twin(text)
+        assert caps.encode(text) == plain_transform(text)
         assert caps.decode(caps.encode(text)) == text
 
 

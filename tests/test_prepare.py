@@ -26,6 +26,7 @@ import lossless_caps as caps  # noqa: E402
 import prepare_caseops_data as prep  # noqa: E402
 from caseops import demo, export, shards, sources  # noqa: E402
 from caseops import encoder as encoding  # noqa: E402
+from tests.plain_caseops import plain_encoded  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "caseops.jsonl"
@@ -100,15 +101,6 @@ def published():
 # ---- encoding ------------------------------------------------------------------------------------
 
 
-def encode_twin(encoder, text):
-    """One document the slow way: SentencePiece's own surfaces, the byte state machine."""
-    transformed = caps.encode(text)
-    mapping = encoder.sp.encode_as_offset_mapping(transformed)
-    surfaces = [transformed[a:b] for a, b in mapping["offsets"]]
-    machine = caps._Machine()  # not surface_byte_counts: the pieces may miss the text's end
-    return mapping["ids"], [sum(len(machine.feed(x).encode()) for x in s) for s in surfaces]
-
-
 def fuzz(n, seed):
     random_ = random.Random(seed)
     alphabet = [*"abXYZ  \n\t.09_", *caps.OPERATORS, "é", "e\u0301", "\ufb01", "\u200b", "\u200d",
@@ -124,16 +116,18 @@ needs_offsets = pytest.mark.skipif(
 @needs_offsets
 def test_published_tokenizer_equals_twin(published, english):
     texts = fuzz(3000, 1) + english[:8] + [t for t in NASTY if len(t) < 30_000]
-    for text, (ids, counts) in zip(texts, published.encode_documents(texts), strict=True):
-        assert (ids.tolist(), counts.tolist()) == encode_twin(published, text), repr(text)
+    for text, (ids, counts), twin in zip(texts, published.encode_documents(texts),
+                                         plain_encoded(published.sp, texts), strict=True):
+        assert (ids.tolist(), counts.tolist()) == twin, repr(text)
     assert not published.exact
 
 
 @needs_offsets
 def test_own_tokenizer_equals_twin(encoder, english):
     texts = [t.replace("\u2581", "") for t in fuzz(2000, 2) + english[:8] + NASTY]
-    for text, (ids, counts) in zip(texts, encoder.encode_documents(texts), strict=True):
-        assert (ids.tolist(), counts.tolist()) == encode_twin(encoder, text), repr(text)
+    for text, (ids, counts), twin in zip(texts, encoder.encode_documents(texts),
+                                         plain_encoded(encoder.sp, texts), strict=True):
+        assert (ids.tolist(), counts.tolist()) == twin, repr(text)
 
 
 def test_golden_ids_and_byte_counts(published):
