@@ -1292,6 +1292,19 @@ class GPT(nn.Module):
         self.register_buffer("rope", rotary_table(cfg), persistent=False)
         self.reset_parameters()
 
+    @contextlib.contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """Inside, if wanted, the stretches between products and kernels are compiled, one graph
+        each, which takes seconds; nobody else waits for the host, since steps are recorded."""
+        parts = ("weights", "smear", "heads", "mix_skip", "mix_lanes") if wanted else ()
+        for part in parts:
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
+        try:
+            yield
+        finally:
+            for part in parts:
+                delattr(self, part)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Orthogonal query, key, value and up; zero output and down; small normal embedding."""
@@ -1363,7 +1376,7 @@ class GPT(nn.Module):
             if step.skip is not None:  # the last one pushed is the state itself
                 skip, lerp = stack.pop() if step.skip else a, skips[step.skip]
             if step.lanes and skip is not None:
-                a, skip, lerp = mix_skip(a, skip, lerp), None, None
+                a, skip, lerp = self.mix_skip(a, skip, lerp), None, None
             a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale, cfg.gate_window)
             if step.push and step.slot:  # what the pass before this one put out
                 stack.append(a)
@@ -1374,7 +1387,8 @@ class GPT(nn.Module):
             else:
                 n = mix_norm(b, scale=scale)[2]
                 m = self.mlp(step, n, up, down, lora, observe)
-                (a, b), m = self.mix_lanes(step.layer, a, b, y, m), None
+                (a, b), m = self.mix_lanes(a, b, y, m, self.parallel_resid_lambdas[step.layer],
+                                           self.parallel_post_lambdas[step.layer]), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
         h = mix_norm(a, m)[2]
@@ -1405,9 +1419,13 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * gate * (ids[:, 1:, None] != BOS)
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
-    def mix_lanes(self, i: int, a: Tensor, b: Tensor, y: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        keep = self.parallel_resid_lambdas[i].to(a.dtype)
-        post = self.parallel_post_lambdas[i].to(a.dtype)  # [attention or MLP, lane]
+    mix_skip = staticmethod(mix_skip)
+
+    @staticmethod
+    def mix_lanes(a: Tensor, b: Tensor, y: Tensor, m: Tensor, keep: Tensor,
+                  post: Tensor) -> tuple[Tensor, ...]:
+        """Both lanes after attention y and MLP m: keep [lane], post [attention or MLP, lane]."""
+        keep, post = keep.to(a.dtype), post.to(a.dtype)
         return tuple(
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
@@ -1415,34 +1433,45 @@ class GPT(nn.Module):
     def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: tuple,
                   segments: "Segments | Past", lora: "Lora | None",
                   observe: Callable | None) -> Tensor:
-        """Grouped-query attention with XSA and the sparse gate, which sees `near`, the first
-        channels of n: n [B, T, d] -> [B, T, d], scaled."""
+        """Grouped-query attention, its products around `heads`: n [B, T, d] -> [B, T, d], scaled;
+        `near` is the first channels of n."""
         cfg, block, (qkv, out) = self.cfg, self.blocks[step.layer], matrices
-        H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        x, gain = F.linear(n, qkv), block.attn.q_gain.to(n.dtype)
+        x = F.linear(n, qkv)
         if lora is not None:
+            H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
             parts = zip("qkv", x.split([H * D, K * D, K * D], dim=-1), strict=True)
             x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
-        qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
-        qk = rotate(rms(qk), *rope) * torch.cat((gain, gain.new_ones(K)))[:, None]
-        q, k = qk.split([H, K], dim=2)
-        if isinstance(segments, Past):
-            y = segments.attend(step.slot, q, k, v)
-        else:
-            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
-        if step.layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = y.unflatten(2, (K, -1))  # [B, T, K, H/K, D]
-            axis = F.normalize(v, dim=-1)[:, :, :, None]
-            y = (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
-        if cfg.sparse_attn_gate_enabled:
-            logit = F.linear(near, block.attn.attn_gate_w.to(n.dtype))
-            y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * logit)[..., None]
-        y = y.flatten(2)
+        gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
+        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
+        y = self.heads(x, near, block.attn.q_gain, gate, rope, segments, step.slot, xsa)
         if observe:
             observe(f"attn.{step.layer}", n)
             observe(f"attn_out.{step.layer}", y)
         y = F.linear(y, out)
         return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
+
+    def heads(self, x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: tuple,
+              segments: "Segments | Past", slot: int, xsa: bool) -> Tensor:
+        """Queries, keys and values x [B, T, (H + 2K) D] -> [B, T, H D]: norm, RoPE and gain on q
+        and k, attention, XSA, and the sparse gate on `near`, the first channels of the input."""
+        cfg = self.cfg
+        K, D = cfg.num_kv_heads, cfg.head_dim
+        qk, v = x.unflatten(-1, (-1, D)).split([cfg.num_heads + K, K], dim=2)  # [B, T, heads, D]
+        gain = gain.to(x.dtype)
+        qk = rotate(rms(qk), *rope) * torch.cat((gain, gain.new_ones(K)))[:, None]
+        q, k = qk.split([cfg.num_heads, K], dim=2)
+        if isinstance(segments, Past):
+            y = segments.attend(slot, q, k, v)
+        else:
+            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
+        if xsa:
+            y = y.unflatten(2, (K, -1))  # [B, T, K, H/K, D]
+            axis = F.normalize(v, dim=-1)[:, :, :, None]
+            y = (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
+        if gate is not None:
+            logit = F.linear(near, gate.to(x.dtype))
+            y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * logit)[..., None]
+        return y.flatten(2)
 
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
@@ -2428,21 +2457,6 @@ def pack_program(source: str) -> bytes:
 # ==================================================================================================
 # §10 Evaluation
 # ==================================================================================================
-class Forwards(NamedTuple):
-    """The model's one forward: compiled for packed rows; eager for windows, whose every length
-    would be another graph."""
-
-    rows: Callable
-    windows: Callable
-
-
-def make_forwards(model: GPT, cfg: Config, rt: Runtime) -> Forwards:
-    if rt.device.type != "cuda" or not cfg.compile:
-        return Forwards(model, model)
-    torch._dynamo.config.recompile_limit = 64
-    return Forwards(torch.compile(model, dynamic=False, fullgraph=True), model)
-
-
 class ValSet(NamedTuple):
     """All validation ids (int64) and, parallel to them, the original bytes of each (int32)."""
 
@@ -2539,10 +2553,9 @@ def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
            f"eval_time:{1000 * seconds:.0f}ms")
 
 
-def timed_evaluation(label: str, forwards: Forwards, val: ValSet, cfg: Config,
-                     rt: Runtime) -> Score:
+def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime) -> Score:
     started = rt.seconds()
-    score = evaluate(forwards.rows, val, cfg, rt)
+    score = evaluate(model, val, cfg, rt)
     log_score(rt, label, score, rt.seconds() - started)
     return score
 
@@ -2847,7 +2860,7 @@ def global_rows(tokens: np.ndarray, cfg: Config) -> Iterator[tuple[float, int, i
             yield lr, c * size + s * length, count
 
 
-def train_globally(forward: Callable, model: GPT, scored: list[Document], val: ValSet, cfg: Config,
+def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
     """One pass of SGD on ALL base weights over documents that are scored already; returns steps.
 
@@ -2864,7 +2877,7 @@ def train_globally(forward: Callable, model: GPT, scored: list[Document], val: V
             ids, targets = (tokens[mine[0] + k : mine[1] + k] for k in (0, 1))
             row = make_row(ids, targets, length, rt.device,
                            documents=cfg.global_ttt_respect_doc_boundaries)
-            loss = forward(row.ids, row.targets, row.segments, True).sum() / (count * length)
+            loss = model(row.ids, row.targets, row.segments, True).sum() / (count * length)
             loss.backward()
         if rt.world > 1:
             for p in params:
@@ -2879,7 +2892,7 @@ def train_globally(forward: Callable, model: GPT, scored: list[Document], val: V
     return steps
 
 
-def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: Runtime,
+def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                  init: Callable | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
@@ -2895,7 +2908,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
         for number in hands[rt.rank]:
             batch = batches[number]
             if adapter is None or len(batch) != cfg.ttt_batch_size:
-                used = make(forwards.windows, cfg, rt, len(batch), init)
+                used = make(model, cfg, rt, len(batch), init)
                 adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
@@ -2905,7 +2918,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
         first = min(number for hand in hands for number in hand)
         if first and boundaries:
             scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
-            steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
+            steps = train_globally(model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
             if adapter:
@@ -2914,8 +2927,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
     return meter.result()
 
 
-def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards,
-                   folder: Path) -> None:
+def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     """Read the artifact back and score it: plainly, then with phased test-time training."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
@@ -2930,10 +2942,10 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards,
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
     val = load_val(cfg)
-    timed_evaluation("diagnostic quantized", forwards, val, cfg, rt)
+    timed_evaluation("diagnostic quantized", model, val, cfg, rt)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
-        score = score_phased(forwards, model, val, cfg, rt)
+        score = score_phased(model, val, cfg, rt)
         log_score(rt, "quantized_ttt_phased", score, rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
     rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
@@ -3001,8 +3013,7 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 
-def warm_up(forward: Callable, model: GPT, optimisers: Optimisers, cfg: Config,
-            rt: Runtime) -> None:
+def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> None:
     """Compile and warm every shape on synthetic ids, then put weights and moments back."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
@@ -3013,7 +3024,7 @@ def warm_up(forward: Callable, model: GPT, optimisers: Optimisers, cfg: Config,
             ids = rng.integers(BOS, cfg.vocab_size, length + 1)
             ids[rng.random(len(ids)) < 1 / 1000] = BOS
             row = make_row(ids[:-1], ids[1:], cfg.train_seq_len, rt.device)
-            run_step(forward, [row], looped, optimisers, 1.0, cfg.muon_momentum)
+            run_step(model, [row], looped, optimisers, 1.0, cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
@@ -3045,13 +3056,12 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
-def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Config,
-          rt: Runtime) -> int:
+def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps.
 
     The loss of a step is looked at while the next one runs, so the check costs no pause."""
     optimisers = Optimisers(model, cfg, rt)
-    warm_up(forward, model, optimisers, cfg, rt)
+    warm_up(model, optimisers, cfg, rt)
     ema, batches = Ema(model, cfg.ema_decay), prefetch(rows.step, 0)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
@@ -3063,7 +3073,7 @@ def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Conf
         last = step == cfg.iterations or bool(cfg.max_wallclock_seconds and seconds >= limit)
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
             spent += rt.seconds() - resumed
-            score = evaluate(forward, val, cfg, rt)
+            score = evaluate(model, val, cfg, rt)
             rt.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
             resumed = rt.seconds()
         if last:
@@ -3072,7 +3082,7 @@ def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Conf
             looped = not looped
             rt.log(f"layer_loop:{'on' if looped else 'off'} step:{step} frac:{f:.3f}")
         before = result
-        result = run_step(forward, batch, looped, optimisers, lr_factor(f, cfg),
+        result = run_step(model, batch, looped, optimisers, lr_factor(f, cfg),
                           muon_momentum(step, cfg))
         ema.update()
         bar.update()
@@ -3146,7 +3156,7 @@ def make_model(cfg: Config, rt: Runtime, attention: "Attention") -> GPT:
     return model
 
 
-def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, folder: Path) -> None:
+def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     """Train (or load final_model.pt), measure, quantise, and write artifact and program."""
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
@@ -3155,10 +3165,11 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
     else:
-        step = train(model, forwards.rows, rows, val, cfg, rt)
+        with model.compiled(cfg.compile and rt.device.type == "cuda"):
+            step = train(model, rows, val, cfg, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
-    timed_evaluation("diagnostic pre-quantization post-ema", forwards, val, cfg, rt)
+    timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)
     if cfg.prequant_only:
         return
     started = rt.seconds()
@@ -3226,11 +3237,10 @@ def run(environ: Mapping[str, str]) -> None:
     log_header(cfg, rt, attention)
     rt.log(identity)
     model = make_model(cfg, rt, attention)
-    forwards = make_forwards(model, cfg, rt)
     if not cfg.ttt_eval_only:
-        train_and_pack(cfg, rt, model, forwards, folder)
+        train_and_pack(cfg, rt, model, folder)
     if not cfg.prequant_only:
-        score_artifact(cfg, rt, model, forwards, folder)
+        score_artifact(cfg, rt, model, folder)
     if rt.device.type == "cuda":
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 

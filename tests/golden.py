@@ -134,8 +134,7 @@ def compare_evaluation(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comp
         if f"eval/{name}" in file:
             settings = replace(cfg, **changes)
             model.load_state_dict(weights)
-            forwards = t.Forwards(model, model)
-            score = t.score_phased(forwards, model, val, settings, runtime(), cosine_start)
+            score = t.score_phased(model, val, settings, runtime(), cosine_start)
             loss, bpb = file[f"eval/{name}"]
             yield Comparison(f"{name} val_loss", abs(score.loss - loss), limit)
             yield Comparison(f"{name} val_bpb, relative", abs(score.bpb / bpb - 1), limit)
