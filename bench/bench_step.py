@@ -1,5 +1,6 @@
 """Time one training micro-batch, the optimiser and the average: `python bench/bench_step.py`.
 
+`torchrun --standalone --nproc_per_node=4 bench/bench_step.py` times whole steps on several GPUs.
 Settings are the program's environment variables (PRESET, ATTENTION, TRAIN_BATCH_TOKENS, ...).
 Every figure is the median of REPEATS timed runs (default 20) after 5 untimed ones, with its spread.
 TFLOP/s counts the operations of the matrix products and of causal attention; the share is of the
@@ -80,20 +81,40 @@ def profile(work) -> None:
 def main() -> None:
     """Everything, with the model compiled as training does."""
     cfg = t.Config.from_env(os.environ, Path(__file__).resolve().parents[1])
-    rt = t.start_runtime({})
+    rt = t.start_runtime(os.environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    print(f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, attention {attention.reason}")
+    rt.log(f"{rt.world} x {name}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+           f"torch {torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)
     with model.compiled(cfg.compile and rt.device.type == "cuda"):
-        bench(cfg, rt, model, started)
+        optimisers = t.Optimisers(model, cfg, rt)
+        if rt.world == 1:
+            parts(cfg, rt, model, optimisers, started)
+        steps(cfg, rt, model, optimisers)
+    if rt.world > 1:
+        torch.distributed.destroy_process_group()
 
 
-def bench(cfg: t.Config, rt: t.Runtime, model: t.GPT, started: float) -> None:
-    """Prints a line a figure."""
-    optimisers = t.Optimisers(model, cfg, rt)
+def steps(cfg: t.Config, rt: t.Runtime, model: t.GPT, optimisers: t.Optimisers) -> None:
+    """Whole steps of the same 8 rows in any world size."""
+    rows = [synthetic_row(cfg, rt, rt.rank * rt.accumulation + k) for k in range(rt.accumulation)]
+    for looped in (False, True):
+        def step(looped=looped):
+            return t.run_step(model, rows, looped, optimisers, 0.0, 0.95)
+
+        middle, spread = timed(rt, step, max(3, REPEATS // 4))
+        rt.log(f"whole step of 8 rows {'looped' if looped else 'plain '} {middle:8.2f} ms "
+               f"(+-{spread:.2f}) {cfg.train_batch_tokens / middle / 1e3:.2f} Mtok/s; gradient "
+               f"norm {step()[1].item():.6f}")
+    if rt.device.type == "cuda":
+        rt.log(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def parts(cfg: t.Config, rt: t.Runtime, model: t.GPT, optimisers: t.Optimisers,
+          started: float) -> None:
+    """One row, the optimiser and the average, a line a figure."""
     ema, row = t.Ema(model, cfg.ema_decay), synthetic_row(cfg, rt)
     for looped in (False, True):
 
@@ -133,14 +154,6 @@ def bench(cfg: t.Config, rt: t.Runtime, model: t.GPT, started: float) -> None:
     middle, spread = timed(rt, ema.update, behind=step)
     print(f"average (EMA)           {middle:8.2f} ms (+-{spread:.2f}), at least "
           f"{3 * weights / PEAK_BYTES * 1e3:.2f} ms")
-    rows = [synthetic_row(cfg, rt, seed) for seed in range(rt.accumulation)]
-    for looped in (False, True):
-        middle, spread = timed(rt, lambda looped=looped: t.run_step(
-            model, rows, looped, optimisers, 0.0, 0.95), max(3, REPEATS // 4))
-        print(f"whole step of {len(rows)} rows {'looped' if looped else 'plain '} {middle:8.2f} ms "
-              f"(+-{spread:.2f}) {cfg.train_batch_tokens / middle / 1e3:.2f} Mtok/s")
-    if rt.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,434: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,649: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 512),
-    4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 203), 7: ("Data", 240),
-    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
+    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 709),
+    4: ("Attention", 137), 5: ("Model", 398), 6: ("Optimisers", 216), 7: ("Data", 240),
+    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 106),
     11: ("Test-time training", 392), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 182),
     15: ("Main", 143),
 }
-MOST_LINES = 3434
+MOST_LINES = 3649
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -103,7 +103,7 @@ def test_functions_are_short():
 def test_public_names_have_docstrings():
     bare = {node.name for node, inside in definitions()
             if not inside and not node.name.startswith("_") and not ast.get_docstring(node)}
-    methods = {"forward", "__init__"}
+    methods = {"forward", "backward", "__init__"}
     assert bare - methods - NO_DOCSTRING == set()
 
 
