@@ -170,7 +170,7 @@ class Config:
     lqer_asym_enabled: bool = setting(True, "factors in 2 and 4 bits; off: LQER_FACTOR_BITS")
     lqer_asym_group: int = setting(64, "elements of B that share a scale", 1)
     lqer_factor_bits: int = setting(4, "bits of both factors when symmetric", 2, 8)
-    compressor: str = setting("pergroup", "entropy coder", choices=("pergroup", "brotli", "lzma"))
+    compressor: str = setting("ans", "entropy coder", choices=("ans", "pergroup", "brotli", "lzma"))
     # -- test-time training
     ttt_enabled: bool = setting(True, "score with phased test-time training")
     ttt_lora_rank: int = setting(80, "rank of a document's adapters", 1)
@@ -2225,14 +2225,16 @@ PIECE_KINDS = ("plain", "transposed", "walked", "order")  # walked: rows in an o
 PIECE_DTYPES = ("int8", "uint8", "int16", "uint16", "float16", "float32")
 ROLES = ("mlp_up", "mlp_down", "embedding", "query", "attn_out", "key", "value")  # largest first
 WALKED_ROLES, WALK_ROWS = ("embedding", "query", "mlp_up"), 16384  # the walk holds rows^2 floats
-COMPRESSORS = {"pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # the matrices' codec
-CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after)
-    "brotli": (lambda raw: brotli.compress(raw, quality=11, lgwin=24),
-               lambda raw, size: brotli.Decompressor().process(raw, output_buffer_limit=size + 1)),
-    "lzma": (lambda raw: lzma.compress(raw, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
-             lambda raw, size: lzma.LZMADecompressor(memlimit=1 << 27).decompress(raw, size + 1)),
-    "lrzip": (lambda raw: _lrzip(raw, "-z -L 9", limit=2 * len(raw) + 65536),
-              lambda raw, size: _lrzip(raw, "-d", limit=size))}
+COMPRESSORS = {"ans": "ans", "pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # matrices'
+CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after); given shapes, too
+    "brotli": (lambda raw, *_: brotli.compress(raw, quality=11, lgwin=24),
+               lambda raw, n, *_: brotli.Decompressor().process(raw, output_buffer_limit=n + 1)),
+    "lzma": (lambda raw, *_: lzma.compress(raw, check=lzma.CHECK_NONE,
+                                           preset=9 | lzma.PRESET_EXTREME),
+             lambda raw, n, *_: lzma.LZMADecompressor(memlimit=1 << 27).decompress(raw, n + 1)),
+    "lrzip": (lambda raw, *_: _lrzip(raw, "-z -L 9", limit=2 * len(raw) + 65536),
+              lambda raw, n, *_: _lrzip(raw, "-d", limit=n)),
+    "ans": (lambda *given: _alone(_ans_encode, *given), lambda *given: _alone(_ans_decode, *given))}
 
 
 def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
@@ -2244,7 +2246,7 @@ def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-m
             raise UserError(f"the artifact needs {package}: pip install {package}")
     if name == "pergroup" and shutil.which("lrzip") is None:
         raise UserError("COMPRESSOR=pergroup needs the program lrzip: apt-get install lrzip, or "
-                        "brew install lrzip, or set COMPRESSOR=brotli")
+                        "brew install lrzip, or set COMPRESSOR=ans")
 
 
 def _lrzip(data: bytes, options: str, limit: int) -> bytes:
@@ -2257,6 +2259,195 @@ def _lrzip(data: bytes, options: str, limit: int) -> bytes:
         subprocess.run(["sh", "-c", command], cwd=folder, check=True, timeout=120 + limit // 20_000,
                        capture_output=True, env={**os.environ, "LRZIP": "NOCONFIG", "TMP": folder})
         return Path(folder, "out").read_bytes()
+
+
+# ---- ans: int8 matrices of one shape, an adaptive model, interleaved rANS (arXiv:1402.3392)
+# One pass visits the integers for both directions, so that model and inverse cannot differ. All it
+# computes is exact on any machine: integers, + - * / of float64 by element, which IEEE 754 fixes,
+# and sums and matrix products of whole numbers below 2^53, in which nothing is rounded.
+# Settings, of which the encoder takes the best: rows that the mean of all matrices counts for in a
+# column's variance; columns that 1 counts for in a row's factor (below 0, times C: §8's rows have
+# one energy, so what began loud ends quiet); rows that independence counts for in prediction, or 0
+ANS_SETTINGS = ((64, -1.1, 0), (512, -1.1, 0), (64, 8192, 0), (256, 48, 0), (128, 16, 512),
+                (512, 256, 2048))
+ANS_HEAD, ANS_SCALES, ANS_PHASES = struct.Struct("<Bbb"), 128, 4  # setting, least and most residual
+
+ANS_LOCK = threading.Lock()
+
+
+def _alone(function: Callable[..., bytes], *given: Any) -> bytes:
+    """function(*given) without another at its side: calls this short, of two threads, wait for each
+    other (the full-size model read in 10 s instead of 5)."""
+    with ANS_LOCK:
+        return function(*given)
+
+
+def _ans_predictor(cov: np.ndarray, ridge: float) -> np.ndarray:
+    """Each column's coefficients in those before it, whole numbers / 2^16 [C, C], from second
+    moments cov [C, C]: I - L^-1 of cov = L D L^T, by element since a BLAS would round."""
+    a, buffer = cov.copy(), np.empty_like(cov)
+    np.fill_diagonal(a, cov.diagonal() * (1 + ridge) + 1)
+    for c in range(len(a) - 1):
+        factor, row = a[c + 1:, c, None] / a[c, c], a[c].copy()
+        a[c + 1:, c], row[c] = 0, 1  # L^-1 grows where the lower half of cov is done with
+        a[c + 1:] -= np.multiply(factor, row, out=buffer[c + 1:])
+    return np.clip(np.rint(np.tril(a, -1) * -65536), -2.0**30, 2.0**30)
+
+
+def _ans_pass(cube: np.ndarray, setting: tuple[int, float, int], code: Callable) -> None:
+    """Fill cube [M, R, C] with what code(contexts, residuals) returns, both [M, rows, columns]: by
+    blocks of rows, the M matrices side by side; in these by columns (single ones if predicted).
+
+    t is a residual in quarters, to which predictions are rounded. Its variance: the column's mean
+    of t^2 in the rows above, times the row's factor from the columns to the left."""
+    (M, R, C), (prior, rows, ridge), r = cube.shape, setting, 0
+    rows, energy, coef, cov = rows if rows > 0 else rows * C, np.zeros((M, C)), np.zeros((C, C)), 0
+    halves = [2**k for k in range(3, C.bit_length() - 1)]
+    edges = range(C + 1) if ridge else sorted({0, C, *halves[2:], *(C - h for h in halves)})
+    while r < R:
+        block = cube[:, r:r + (min(max(r, 64), 1024) if ridge else -(-16 // M))]
+        n, shift = block.shape[1], 0
+        done, seen, loud = np.zeros((C, n)), np.zeros((M, C)), np.zeros((M, n, 1))
+        mean = energy.sum() / (r * M * C) if r else 96.0
+        pool = (energy.sum(0) + 1024 * mean) / (M * r + 1024)
+        base = np.maximum((energy + prior * pool) / (r + prior), 1)[:, None]
+        weight = np.rint(2.0**20 / base)
+        for i, j in itertools.pairwise(edges):
+            variance = base[..., i:j] * np.clip((loud / 2**20 + rows) / (i + rows), 0.25, 4)
+            # exponent and three bits of the mantissa: a logarithm that no libm has a say in
+            contexts = np.clip((variance.view(np.int64) >> 49) - (1023 << 3), 0, ANS_SCALES - 1)
+            if ridge:
+                if i % 32 == 0:  # what columns 0..i say about the next 32, at once
+                    first, left = i, coef[i:i + 32, :i] @ done[:i]
+                guess = np.floor((left[i - first] + coef[i, first:i] @ done[first:i]) / 2**14 + 0.5)
+                shift = np.clip(guess, -508, 508).astype(np.int64)[None, :, None]
+                contexts = contexts * ANS_PHASES + (shift & 3)
+            values = code(contexts, block[..., i:j] - (shift >> 2)) + (shift >> 2)
+            block[..., i:j] = values
+            t2 = (values * 4.0 - shift) ** 2
+            loud += (t2 * weight[..., i:j]).sum(2, keepdims=True)
+            seen[:, i:j] = t2.sum(1)
+            if ridge:
+                done[i] = values[0, :, 0]
+        r, energy = r + n, energy + seen
+        if ridge and r < R:
+            cov = cov + done @ done.T
+            coef = _ans_predictor(cov, ridge / r)
+
+
+class _AnsTables:
+    """Frequencies by context, of 65,536: a Gaussian worth 1,024 observations, then what is seen."""
+
+    def __init__(self, setting: tuple[int, float, int], low: int, high: int, slots: bool) -> None:
+        self.n, phases = high - low + 1, ANS_PHASES if setting[2] else 1
+        self.waiting, self.late = [], 0
+        edges = ((np.arange(ANS_SCALES + 1) + (1023 << 3)) << 49).view(np.float64) / 16
+        far = np.arange(low, high + 1) - np.arange(phases)[:, None] / ANS_PHASES
+        w = 1 / (1 + far * far / (edges[:-1] + edges[1:])[:, None, None] / 1024)
+        for _ in range(10):  # (1 + x / 1024)^-1024 for exp(-x), which differs between libraries
+            w = w * w
+        w = np.rint(w * 2.0**30).astype(np.int64).reshape(-1, self.n)
+        self.counts = (w << 16) // np.maximum(w.sum(1, keepdims=True), 1)
+        self.freq, self.start, self.built = np.ones_like(w), np.zeros_like(w), np.zeros(len(w), int)
+        self.slots = np.zeros((len(w), 65536), np.uint8) if slots else None
+        self.see(np.zeros(0, np.int64), limit=0)
+
+    def see(self, keys: np.ndarray, limit: int = 8192) -> None:
+        """Count keys = context * n + symbol; when `limit` wait, make the frequencies of those
+        contexts anew that have seen an eighth more than last time."""
+        self.waiting.append(keys)
+        self.late += len(keys)
+        if self.late < limit:
+            return
+        seen = np.bincount(np.concatenate(self.waiting), minlength=self.counts.size)
+        self.counts += 64 * seen.reshape(self.counts.shape)
+        self.waiting, self.late, total = [], 0, self.counts.sum(1) + 1
+        new = np.flatnonzero(total > self.built + (self.built >> 3))
+        f = 1 + self.counts[new] * (65536 - self.n) // total[new, None]
+        f[np.arange(len(new)), f.argmax(1)] += 65536 - f.sum(1)
+        self.built[new], self.freq[new], self.start[new] = total[new], f, f.cumsum(1) - f
+        for context, row in zip(new, f) if self.slots is not None else ():
+            self.slots[context] = np.repeat(np.arange(self.n).astype(np.uint8), row)
+
+
+def _ans_steps(cube: np.ndarray, index: int) -> tuple[float, list[np.ndarray], bytes]:
+    """(bits, freq << 16 | start of all integers by step, head) of a cube under one setting."""
+    records, steps, bits, setting = [], [], 0.0, ANS_SETTINGS[index]
+
+    def code(contexts: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        records.append((contexts.ravel().astype(np.int16), residuals.ravel().astype(np.int16)))
+        return residuals
+    _ans_pass(cube, setting, code)
+    low, high = min(s.min() for _, s in records), max(s.max() for _, s in records)
+    if low < -128 or high > 127:  # a prediction that leads astray
+        return math.inf, [], b""
+    tables = _AnsTables(setting, int(low), int(high), slots=False)
+    for contexts, residuals in records:
+        keys = contexts * np.int64(tables.n) + (residuals - low)
+        freq = tables.freq.take(keys)
+        bits += (16 - np.log2(freq)).sum()
+        steps.append(freq << 16 | tables.start.take(keys))
+        tables.see(keys)
+    return bits, steps, ANS_HEAD.pack(index, low, high)
+
+
+def _ans_settings(M: int, R: int, C: int) -> list[int]:
+    """Those that may be tried: prediction (C^3 operations) only for one tall and narrow matrix."""
+    return [i for i, setting in enumerate(ANS_SETTINGS)
+            if C <= 8192 and (not setting[2] or (M == 1 and R >= 2 * C and C <= 1024))]
+
+
+def _ans_encode(raw: bytes, shapes: Sequence[tuple[int, int]]) -> bytes:
+    """Concatenated int8 matrices -> head, states of the lanes, words of 16 bits."""
+    cube = np.frombuffer(raw, np.int8).reshape(len(shapes), *shapes[0]).copy()
+    tried = {i: _ans_steps(cube[::2], i)[0] for i in _ans_settings(*cube.shape)}
+    _, steps, head = _ans_steps(cube, min(tried, key=tried.get))
+    lanes = 8 + (cube.size >> 15)
+    x, words = np.full(lanes, 1 << 24), [np.zeros(0, np.uint16)]
+    for step in reversed(steps):  # last in, first out
+        for i in reversed(range(0, len(step), lanes)):
+            freq, start = step[i:i + lanes] >> 16, step[i:i + lanes] & 65535
+            s = x[:len(freq)]
+            over = np.flatnonzero(s >= freq << 24)
+            words.append(s[over].astype(np.uint16))
+            s[over] >>= 16
+            s += s // freq * (65536 - freq) + start
+    states = x.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :5]  # all below 2^40
+    return head + states.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes()
+
+
+def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> bytes:
+    """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
+    M, (R, C), (index, low, high) = len(shapes), shapes[0], ANS_HEAD.unpack_from(stored)
+    _require(M * R * C == size <= 1 << 27 and shapes.count(shapes[0]) == M and low <= high
+             and index in _ans_settings(M, R, C), "ans: sizes or setting do not agree")
+    cube, lanes, at = np.zeros((M, R, C), np.int8), 8 + (size >> 15), 0
+    states = np.frombuffer(stored, np.uint8, 5 * lanes, ANS_HEAD.size).reshape(-1, 5)
+    x = np.pad(states, ((0, 0), (0, 3))).view("<i8").ravel().astype(np.int64)
+    words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size + 5 * lanes).astype(np.int64)
+    tables = _AnsTables(ANS_SETTINGS[index], low, high, slots=True)
+    freqs, starts, slots = (a.reshape(-1) for a in (tables.freq, tables.start, tables.slots))
+
+    def code(contexts: np.ndarray, _: np.ndarray) -> np.ndarray:
+        nonlocal at
+        flat = contexts.ravel()
+        keys, places = flat * tables.n, flat << 16
+        for i in range(0, len(flat), lanes):
+            key = keys[i:i + lanes]
+            s = x[:len(key)]
+            slot = s & 65535
+            key += slots.take(places[i:i + lanes] | slot)
+            s >>= 16
+            s *= freqs.take(key)
+            s += slot - starts.take(key)
+            short = np.flatnonzero(s < 1 << 24)
+            s[short] = s[short] << 16 | words[at:at + len(short)]  # raises where they have ended
+            at += len(short)
+        tables.see(keys)
+        return (keys - flat * tables.n + low).reshape(contexts.shape)
+    _ans_pass(cube, ANS_SETTINGS[index], code)
+    _require(at == len(words) and (x == 1 << 24).all(), "ans: the integers end at another place")
+    return cube.tobytes()
 
 
 def _digest(data: bytes) -> str:
@@ -2294,7 +2485,7 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[li
         data = stored.astype(array.dtype.newbyteorder("<")).tobytes()
         rows[i] = [name, kind, array.dtype.name, array.shape, len(raw), len(data), _digest(data)]
         raw += data
-    stored = CODECS[codec][0](bytes(raw))
+    stored = CODECS[codec][0](bytes(raw), [a.shape for a in arrays.values()])
     return [group, codec, 0, len(stored), len(raw), _digest(stored), rows], stored
 
 
@@ -2303,7 +2494,8 @@ def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
     group, codec, _, _, size, digest, pieces = row
     _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
     _require(sum(piece[5] for piece in pieces) == size, f"stream {group!r}: pieces of other size")
-    raw, arrays, order = CODECS[codec][1](stored, size), {}, None
+    raw = CODECS[codec][1](stored, size, [piece[3] for piece in pieces])
+    arrays, order = {}, None
     _require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
     for name, kind, dtype, shape, start, length, digest in pieces:
         at, data = f"piece {name!r}", raw[start:start + length]
@@ -2326,17 +2518,25 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
     """The artifact file; equal arguments give equal bytes. UserError: a tensor that has no place.
 
     tensors: arrays or CPU torch tensors of the PIECE_DTYPES. roles: integer matrix -> one of
-    ROLES; "pergroup" compresses each role by itself and the rest by brotli, the others all in
-    one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
+    ROLES; "ans" and "pergroup" compress each role by itself and the rest by brotli, the others all
+    in one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
     """
     groups, best, end, codec = {"rest": {}}, {}, 0, COMPRESSORS[compressor]
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
-        role = roles.get(name, "rest") if codec == "lrzip" and array.size else "rest"
+        role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
         _require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
                  array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
+        first = next(iter(groups.get(role, {}).values()), array)
+        if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape and
+                                   array.shape[-1:] <= (8192,)):
+            role = "rest"
         groups.setdefault(role, {})[name] = array
-    jobs = [("rest", "brotli" if codec == "lrzip" else codec, "plain", groups.pop("rest"))]
+    jobs = [("rest", codec if codec in ("brotli", "lzma") else "brotli", "plain",
+             groups.pop("rest"))]
     for group, arrays in ((role, groups[role]) for role in ROLES if role in groups):
+        if codec == "ans":
+            jobs.append((group, codec, "plain", arrays))
+            continue
         jobs.append((group, codec, "transposed", arrays))
         # both ways are tried: for independent weights an order costs more than it saves
         if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,434: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,638: the
 # record's program has 3,753.
 SECTIONS = {
     0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 512),
     4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 203), 7: ("Data", 240),
-    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
+    8: ("Quantisation", 225), 9: ("Artifact", 420), 10: ("Evaluation", 122),
     11: ("Test-time training", 392), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 182),
     15: ("Main", 143),
 }
-MOST_LINES = 3434
+MOST_LINES = 3638
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -167,7 +168,9 @@ def test_presets_are_known(path):
 
 
 def test_pr1855_is_the_default():
-    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == t.Config()
+    """But for the entropy coder: the same weights in fewer bytes."""
+    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(t.Config(),
+                                                                    compressor="pergroup")
 
 
 IMPORT = """

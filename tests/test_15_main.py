@@ -69,7 +69,7 @@ def test_missing_lrzip_stops_before_training(program, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "lrzip" else which(name))
     result = program(COMPRESSOR="pergroup")
     err = one_line(result)
-    assert "apt-get install lrzip" in err and "COMPRESSOR=brotli" in err
+    assert "apt-get install lrzip" in err and "COMPRESSOR=ans" in err
     assert "train_loss" not in result[1]
     assert program(COMPRESSOR="pergroup", PREQUANT_ONLY=1, ITERATIONS=1)[0] == 0
 

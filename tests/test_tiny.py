@@ -40,7 +40,7 @@ def scores(lines: dict[str, tuple]) -> dict[str, tuple]:
     return {name: lines[name][:2] for name in ("quantised", "score")}
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "pergroup"])
+@pytest.mark.parametrize("compressor", ["ans", "brotli", "pergroup"])
 def test_train_pack_and_score_again(tmp_path, compressor):
     if compressor == "pergroup" and not shutil.which("lrzip"):
         pytest.skip("lrzip is not installed: apt-get install lrzip")
