@@ -2154,8 +2154,8 @@ class Trellis(NamedTuple):
         return Trellis(*(x.to(device) for x in (low, high, before, coset)))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The walk k nearest to x (Viterbi): x [runs, L] in steps -> k [runs, L]."""
-        x = x.T  # [L, runs]
+        """The walk k nearest to x (Viterbi): x [runs, L] in steps -> k [runs, L], |k| <= 254."""
+        x = x.clamp(-250, 250).T  # [L, runs]
         digit = torch.arange(4, device=x.device)
         k = ((x[..., None] - digit) / 4).round() * 4 + digit  # nearest of each class mod 4
         ways = (x[..., None] - k).square()[..., self.coset]  # [L, runs, S, 2]
@@ -2199,8 +2199,7 @@ class TrellisPart(NamedTuple):
 
 @torch.no_grad()
 def gptq_trellis(parts: list[TrellisPart], states: int, block: int = 128) -> list[Tensor]:
-    """GPTQ whose columns are walks of a trellis: parts of equal width -> symbols m, each int8,
-    or int16 where they need it.
+    """GPTQ whose columns are walks of a trellis: parts of equal width -> symbols m int8, each.
 
     The rows of a column are independent given the columns before, so a walk down the column needs
     no decision ahead of time. Entropy coding asks for small k: for Gaussian weights of deviation
@@ -2231,10 +2230,8 @@ def gptq_trellis(parts: list[TrellisPart], states: int, block: int = 128) -> lis
         return K[:, c] * d[:, c]
 
     feed_back([(part.W, part.factor) for part in parts], quantise_column, block)
-    M = K.div(2).floor()
-    kinds = [torch.int8 if M[span].abs().max() < 128 else torch.int16 for span, _ in spans]
-    return [M[span][:, part.factor.order.argsort()].to(kind)
-            for (span, part), kind in zip(spans, kinds, strict=True)]
+    M = K.div(2).floor().to(torch.int8)
+    return [M[span][:, part.factor.order.argsort()] for span, part in spans]
 
 
 def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -2374,10 +2371,10 @@ def trellis_unit(factor: Factor, sensitivity: float) -> float:
 
 def trellis_steps(W: Tensor, factor: Factor, unit: float) -> tuple[Tensor, Tensor]:
     """s [rows] and c [cols] of the steps s 2^(c/8): as fine in column c as its error is dear, 1 /
-    U_cc^2 (arXiv:2210.17323, eq. 3), but no finer than a 1000th of a row's largest weight."""
+    U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every symbol."""
     u = factor.U.diagonal()[factor.order.argsort()].log2()
     c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
-    floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 1000
+    floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
     return floor.clamp(min=unit).half().clamp_min(2.0**-24), c
 
 

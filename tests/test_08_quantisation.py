@@ -443,15 +443,14 @@ def test_parts_do_not_touch_each_other():
     for part, m in zip(parts, together, strict=True):
         alone, = t.gptq_trellis([part], 8)
         assert (m != alone).float().mean() < 2e-3
-        assert m.dtype == torch.int8 or m.int().abs().max() > 127
-        assert m.shape == part.W.shape
+        assert m.dtype == torch.int8 and m.shape == part.W.shape
 
 
 def test_steps_are_finer_where_errors_are_dear_and_hold_every_weight():
     W, H = problem(30, 40)
     part = trellis_part(W, H, 1e-9)
     m, = t.gptq_trellis([part], 8)
-    assert (decoded(part, m) - W).abs().max() < 0.02 * W.std()  # the finest steps that there are
+    assert (decoded(part, m) - W).abs().max() < 0.2 * W.std()  # the finest steps that int8 allows
     U = part.factor.U.diagonal()[part.factor.order.argsort()]
     steps = (part.c.float() / 8).exp2()
     ratio = steps / U
