@@ -156,6 +156,10 @@ class Config:
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
     # -- quantisation and artifact
+    quantiser: str = setting("uniform", "tcq: trellis-coded, its steps fill ARTIFACT_BUDGET_BYTES; "
+                             "bits and clips below are for uniform", choices=("uniform", "tcq"))
+    trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
+    artifact_budget_bytes: int = setting(16_000_000, "program and artifact together, for tcq", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
     matrix_bits: int = setting(6, "bits of the block matrices", 2, 8)
     embed_bits: int = setting(7, "bits of the embedding", 2, 8)
@@ -2044,14 +2048,22 @@ def grid_for(role: str, cfg: Config) -> Grid:
     return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
 
 
-@torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
-    """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
+def matrix_of(state: Mapping[str, Tensor], m: Matrix) -> Tensor:
+    """The float32 weights of a matrix."""
+    return (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
 
-    W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s.
-    Columns go by falling diag(H), with 1% of its mean as damping. E holds the scaled errors of a
-    block; U is the upper Cholesky factor of H^-1. Raises UserError if H is not finite.
-    """
+
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian: which inputs are always zero, the order of the columns (by
+    falling diag(H)) and U, the upper Cholesky factor of H^-1 in that order."""
+
+    dead: Tensor
+    order: Tensor
+    U: Tensor
+
+
+def factorise(H: Tensor) -> Factor:
+    """H [cols, cols], damped by 1% of its mean diagonal; UserError if it is not finite."""
     H = H.float().clone()
     if not torch.isfinite(H).all():
         raise UserError("calibration gave a Hessian that is not finite; train longer or lower the "
@@ -2060,27 +2072,178 @@ def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Te
     H.diagonal()[dead] = 1
     H.diagonal().add_(0.01 * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
-    s = grid.steps(W.float())
-    step = s.float()
-    W = W.float().masked_fill(dead, 0)[:, order]
     U = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True
     )
-    Q = torch.empty_like(W)
+    return Factor(dead, order, U)
+
+
+def feed_back(parts: list[tuple[Tensor, Factor]], quantise_column: Callable[[Tensor, int], Tensor],
+              block: int = 128) -> None:
+    """GPTQ (arXiv:2210.17323): quantise column by column, push each error onto those to come.
+
+    parts: matrices [rows_i, cols] of equal width with their factors; they share only the calls of
+    quantise_column(w [sum of rows], c), which returns the values that stand for column c (in each
+    factor's order). E holds the scaled errors of a block."""
+    W = torch.cat([W.float().masked_fill(f.dead, 0)[:, f.order] for W, f in parts])
+    spans, rows = [], 0
+    for part, f in parts:
+        spans.append((slice(rows, rows := rows + len(part)), f.U))
+    Us = torch.stack([U for _, U in spans])
+    owner = torch.repeat_interleave(
+        torch.tensor([len(part) for part, _ in parts], device=W.device))
     for i in range(0, W.shape[1], block):
         j = min(i + block, W.shape[1])
         E = torch.empty_like(W[:, i:j])
         for c in range(i, j):
-            Q[:, c] = grid.round(W[:, c], step)
-            E[:, c - i] = (W[:, c] - Q[:, c] * step) / U[c, c]
-            W[:, c:j] -= E[:, c - i, None] * U[c, c:j]
-        W[:, j:] -= E @ U[i:j, j:]
-    return Q[:, order.argsort()].to(torch.int8), s
+            E[:, c - i] = (W[:, c] - quantise_column(W[:, c], c)) / Us[:, c, c][owner]
+            W[:, c:j] -= E[:, c - i, None] * Us[:, c, c:j][owner]
+        for span, U in spans:
+            W[span, j:] -= E[span] @ U[i:j, j:]
+
+
+@torch.no_grad()
+def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
+    """GPTQ on a uniform grid: W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols],
+    s float16 [rows]; W ~ q s. Raises UserError if H is not finite."""
+    factor, s, Q = factorise(H), grid.steps(W.float()), torch.empty_like(W.float())
+    step = s.float()
+
+    def quantise_column(w: Tensor, c: int) -> Tensor:
+        Q[:, c] = grid.round(w, step)
+        return Q[:, c] * step
+
+    feed_back([(W, factor)], quantise_column, block)
+    return Q[:, factor.order.argsort()].to(torch.int8), s
 
 
 def decode_gptq(q: Tensor, s: Tensor) -> Tensor:
     """q s, float32 [rows, cols]; decodes `encode_rows` too."""
     return q.float() * s.float()[:, None]
+
+
+# ---- Trellis-coded quantisation with entropy coding (ECTCQ: Fischer and Wang, 1992)
+# Integers k of one fine grid run down a column. A walker whose state is its last v bits takes one
+# bit a step, b; the state alone fixes the parity of k, state and b fix k mod 4: twice the step's
+# choice of values for the rate of a coarse grid. k is stored as m = k >> 1, with the parity as the
+# context under which an entropy coder should code m; the state follows from the m above.
+TRELLISES = {4: (1, 2), 8: (1, 6), 16: (2, 9), 32: (4, 18), 64: (10, 33)}  # masks of Trellis
+TRELLIS_NOISE = 0.26  # mean squared error in squared steps
+TRELLIS_RUN = 128  # rows after which the walk begins again in state 0, so that runs are parallel
+
+
+class Trellis(NamedTuple):
+    """Ungerboeck's codes: k mod 4 = y0 + 2 y1 with y0 = parity(state & low), y1 = b xor
+    parity(state & high); the next state is (2 state + b) mod S."""
+
+    low: Tensor  # [S] y0
+    high: Tensor  # [S] y1 where b = 0
+    before: Tensor  # [S, 2] the states from which one comes to a state
+    coset: Tensor  # [S, 2] k mod 4 on those two ways
+
+    @staticmethod
+    @functools.cache
+    def of(states: int, device: torch.device) -> "Trellis":
+        """The code of so many states, one of TRELLISES."""
+        masks = TRELLISES[states]
+        low, high = (torch.tensor([(s & mask).bit_count() & 1 for s in range(states)])
+                     for mask in masks)
+        s = torch.arange(states)
+        before = torch.stack((s >> 1, (s >> 1) + states // 2), dim=1)
+        coset = low[before] + 2 * (high[before] ^ (s & 1)[:, None])
+        return Trellis(*(x.to(device) for x in (low, high, before, coset)))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The walk k nearest to x (Viterbi): x [runs, L] in steps -> k [runs, L], |k| <= 254."""
+        x = x.clamp(-250, 250).T  # [L, runs]
+        digit = torch.arange(4, device=x.device)
+        k = ((x[..., None] - digit) / 4).round() * 4 + digit  # nearest of each class mod 4
+        ways = (x[..., None] - k).square()[..., self.coset]  # [L, runs, S, 2]
+        cost = torch.full_like(ways[0, :, :, 0], math.inf)
+        cost[:, 0] = 0
+        taken = []
+        for way in ways:
+            cost, which = (cost[:, self.before] + way).min(dim=-1)
+            taken.append(which)
+        state, path = cost.argmin(dim=1, keepdim=True), []
+        for which in reversed(taken):
+            flat = 2 * state + which.gather(1, state)
+            path.append(flat)
+            state = self.before.flatten()[flat]
+        cosets = self.coset.flatten()[torch.stack(path[::-1])]
+        return k.gather(2, cosets)[..., 0].T
+
+    def follow(self, state: Tensor, m: Tensor) -> Tensor:
+        """The states after symbols m = k >> 1, int64; low[state] was the context of each."""
+        return (2 * state + ((m & 1) ^ self.high[state])) % len(self.low)
+
+    def parities(self, m: Tensor) -> Tensor:
+        """k & 1 of every symbol m = k >> 1 [rows, cols], int64."""
+        rows, cols = m.shape
+        runs = F.pad(m, (0, 0, 0, -rows % TRELLIS_RUN)).long().view(-1, TRELLIS_RUN, cols)
+        state, out = torch.zeros_like(runs[:, 0]), torch.empty_like(runs)
+        for r in range(TRELLIS_RUN):
+            out[:, r] = self.low[state]
+            state = self.follow(state, runs[:, r])
+        return out.view(-1, cols)[:rows]
+
+
+class TrellisPart(NamedTuple):
+    """A matrix on its way through `gptq_trellis`: its steps are s [rows] 2^(c [cols] / 8)."""
+
+    W: Tensor
+    factor: Factor
+    s: Tensor  # float16
+    c: Tensor  # int8
+
+
+@torch.no_grad()
+def gptq_trellis(parts: list[TrellisPart], states: int, block: int = 128) -> list[Tensor]:
+    """GPTQ whose columns are walks of a trellis: parts of equal width -> symbols m int8, each.
+
+    The rows of a column are independent given the columns before, so a walk down the column needs
+    no decision ahead of time. Entropy coding asks for small k: for Gaussian weights of deviation
+    sigma, error^2 + lambda bits is least for the walk nearest to w / (1 + D / sigma^2)."""
+    trellis = Trellis.of(states, parts[0].W.device)
+    spans, rows = [], 0
+    for part in parts:
+        spans.append((slice(rows, rows := rows + len(part.W)), part))
+    d, shrink = [], []
+    for part in parts:
+        W, order = part.W.float(), part.factor.order
+        d.append((part.s.float()[:, None] * (part.c.float() / 8).exp2())[:, order])
+        power = W.square()
+        sigma2 = power.mean(1, keepdim=True) * power.mean(0)[order] / power.mean().clamp_min(1e-20)
+        shrink.append(1 / (1 + TRELLIS_NOISE * d[-1].square() / sigma2.clamp_min(1e-20)))
+    d, shrink = torch.cat(d), torch.cat(shrink)
+    K = torch.empty_like(d)
+    fill = [-len(part.W) % TRELLIS_RUN for part in parts]
+
+    def quantise_column(w: Tensor, c: int) -> Tensor:
+        x = w * shrink[:, c] / d[:, c]
+        runs = torch.cat([F.pad(x[span], (0, n)) for (span, _), n in zip(spans, fill, strict=True)])
+        k = trellis.nearest(runs.view(-1, TRELLIS_RUN)).flatten()
+        begin = 0
+        for (span, part), n in zip(spans, fill, strict=True):
+            K[span, c] = k[begin : begin + len(part.W)]
+            begin += len(part.W) + n
+        return K[:, c] * d[:, c]
+
+    feed_back([(part.W, part.factor) for part in parts], quantise_column, block)
+    M = K.div(2).floor().to(torch.int8)
+    return [M[span][:, part.factor.order.argsort()] for span, part in spans]
+
+
+def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Of either quantiser, without its low-rank correction."""
+    q, s, c = (tensors.get(f"{name}.{part}") for part in "qsc")
+    return decode_gptq(q, s) if c is None else decode_trellis(q, s, c, int(tensors["trellis"]))
+
+
+def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
+    """k s 2^(c/8), float32 [rows, cols]."""
+    k = 2 * m.float() + Trellis.of(states, m.device).parities(m)
+    return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
 def encode_rows(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -2137,20 +2300,137 @@ def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
     )
 
 
+def sensitivities(forward: Callable, model: GPT, rows: "TrainRows", first_step: int,
+                  hessians: Mapping[str, Tensor], rt: Runtime) -> dict[str, float]:
+    """By matrix: what noise E in its weights costs for each unit of trace(E H E^T), but for one
+    factor that all matrices share: the mean square of the loss's gradient by an output.
+
+    A weight's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
+    independent, E|dW|^2 = trace(H) * rows * mean g^2. What two rows' gradients have in common is no
+    noise, so their difference is taken. Fisher's matrix stands for the loss's second derivative."""
+    found, params, before = matrices(model.cfg), dict(model.named_parameters()), {}
+    sums = torch.zeros(len(found), device=rt.device)
+    for row in itertools.chain(rows.step(first_step), rows.step(first_step + 1)):
+        loss = forward(row.ids, row.targets, row.segments, True)[0].mean()
+        grads = dict(zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True))
+        if before:
+            sums += torch.stack([(matrix_of(grads, m) - matrix_of(before, m)).square().sum()
+                                 for m in found])
+        before = {name: g.clone() for name, g in grads.items()}
+    heights = [matrix_of(params, m).shape[0] for m in found]
+    costs = {m.name: x / (hessians[m.source].trace().item() * n + 1e-30)
+             for m, n, x in zip(found, heights, rt.sum_(sums).tolist(), strict=True)}
+    return {name: max(cost, 1e-12 * max(costs.values()), 1e-30) for name, cost in costs.items()}
+
+
+def water_level(deviations: Sequence[float], units: Sequence[float], counts: Sequence[int],
+                bits: float) -> float:
+    """The level at which steps 2^level * unit give matrices of these deviations `bits` in sum.
+
+    Reverse water-filling: with units 1/sqrt(cost of noise) all noise costs the same, but for
+    matrices that lie below it, which get none. Rate of a Gaussian, with the trellis' 0.42 dB."""
+    def total(level: float) -> float:
+        ratios = (x / (2**level * unit) for x, unit in zip(deviations, units, strict=True))
+        return sum(n * (0.5 * math.log2(1 + r * r / TRELLIS_NOISE) + min(0.07, r))
+                   for r, n in zip(ratios, counts, strict=True))
+
+    low, high = -200.0, 200.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) > bits else (low, middle)
+    return high
+
+
+def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, level: float,
+                slack: int = 2048, tries: int = 10) -> bytes:
+    """The longest of the tried encode(level) that is at most `budget` bytes; ends within `slack`.
+
+    An octave of all steps is worth a bit a weight at first, then what the last two tries say (the
+    sizes are noisy: within a factor of 4). UserError if no try fits."""
+    best, last, slope = b"", None, weights / 8
+    for _ in range(tries):
+        blob = encode(level)
+        if len(best) < len(blob) <= budget:
+            best = blob
+        if budget - slack < len(best) or last and last[1] == len(blob) < budget:  # or no finer
+            break
+        if last and last[0] != level:
+            slope = (last[1] - len(blob)) / (level - last[0])
+            slope = min(max(slope, weights / 32), weights / 2)
+        last = level, len(blob)
+        level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
+    if not best:
+        raise UserError(f"ARTIFACT_BUDGET_BYTES: nothing fits {budget} bytes less the program's")
+    return best
+
+
+def trellis_unit(factor: Factor, sensitivity: float) -> float:
+    """The step of a matrix at level 0: noise of as many steps costs the same in every matrix."""
+    return factor.U.diagonal().log2().mean().exp2().item() / math.sqrt(sensitivity)
+
+
+def trellis_steps(W: Tensor, factor: Factor, unit: float) -> tuple[Tensor, Tensor]:
+    """s [rows] and c [cols] of the steps s 2^(c/8): as fine in column c as its error is dear, 1 /
+    U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every symbol."""
+    u = factor.U.diagonal()[factor.order.argsort()].log2()
+    c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
+    floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
+    return floor.clamp(min=unit).half().clamp_min(2.0**-24), c
+
+
+def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
+                     sensitivity: Mapping[str, float], level: float,
+                     cfg: Config) -> dict[str, Tensor]:
+    """NAME.q (symbols m), NAME.s and NAME.c of every matrix, and the number of states."""
+    out, groups = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}, {}
+    for m in matrices(cfg):
+        W, factor = matrix_of(state, m), factors[m.source]
+        unit = 2**level * trellis_unit(factor, sensitivity[m.name])
+        part = TrellisPart(W, factor, *trellis_steps(W, factor, unit))
+        groups.setdefault(W.shape[1], {})[m.name] = part
+    for group in groups.values():
+        symbols = gptq_trellis([*group.values()], cfg.trellis_states)
+        for (name, part), q in zip(group.items(), symbols, strict=True):
+            out.update({f"{name}.q": q, f"{name}.s": part.s, f"{name}.c": part.c})
+    return out
+
+
 @torch.no_grad()
-def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-             cfg: Config) -> dict[str, Tensor]:
+def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                noise: Mapping[str, float], cfg: Config, budget: int,
+                encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
+    """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found, factors = matrices(cfg), {name: factorise(H) for name, H in hessians.items()}
+    units = [trellis_unit(factors[m.source], noise[m.name]) for m in found]
+    weights = [matrix_of(state, m) for m in found]
+    counts = [W.numel() for W in weights]
+    spreads = [W.square().mean().sqrt().item() for W in weights]
+
+    def attempt(level: float) -> bytes:
+        blob = encode(quantise_trellis(state, factors, noise, level, cfg))
+        log(f"trellis: level {level:.4f} gives {len(blob)} of {budget} bytes")
+        return blob
+
+    start = water_level(spreads, units, counts, 8 * budget)
+    return fill_budget(attempt, budget, sum(counts), start)
+
+
+@torch.no_grad()
+def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config,
+             by_trellis: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state dict as the tensors of an artifact, on the CPU.
 
     A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected; int8 rows become
-    NAME.q and NAME.s; everything else NAME in float16."""
+    NAME.q and NAME.s; everything else NAME in float16. by_trellis: of `quantise_trellis`."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
-    out, errors = {}, {}
+    out, errors = dict(by_trellis or {}), {}
     for m in matrices(cfg):
-        W = (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
-        q, s = gptq(W, hessians[m.source], grid_for(m.role, cfg))
-        out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
-        errors[m.name] = W - decode_gptq(q, s)
+        W = matrix_of(state, m)
+        if not by_trellis:
+            out[f"{m.name}.q"], out[f"{m.name}.s"] = gptq(
+                W, hessians[m.source], grid_for(m.role, cfg))
+        errors[m.name] = W - decode_matrix(out, m.name).to(W.device)
     if cfg.lqer_enabled:
         worst = sorted(errors, key=lambda name: -errors[name].norm().item())
         for name in worst[: cfg.lqer_top_k]:
@@ -2183,7 +2463,9 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     def weight(name: str, shape: list[int]) -> Tensor:
         if f"{name}.q" not in left:
             return take(name, shape).float()
-        W = decode_gptq(take(f"{name}.q", shape), take(f"{name}.s", shape[:1]))
+        parts = {"q": shape, "s": shape[:1], **({"c": shape[1:]} if f"{name}.c" in left else {})}
+        own = {f"{name}.{part}": take(f"{name}.{part}", size) for part, size in parts.items()}
+        W = decode_matrix({**own, "trellis": states}, name)
         keys = ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
         have = [left.get(f"{name}.{key}") for key in keys]
         if all(x is None for x in have):
@@ -2196,6 +2478,11 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
         }
         return W + decode_lqer(piece)
 
+    states = left.pop("trellis", None)
+    coded = [name for name in left if name.endswith(".c")]
+    if (states is not None or coded) and (
+            states is None or states.tolist() not in [[n] for n in TRELLISES]):
+        raise UserError(f"artifact: the piece trellis does not hold a number of states; {remedy}")
     state = {}
     stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
     for name, p in model.state_dict().items():
@@ -3361,11 +3648,13 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     timed_evaluation("diagnostic pre-quantization post-ema", forwards, val, cfg, rt)
     if cfg.prequant_only:
         return
-    started = rt.seconds()
+    started, noise = rt.seconds(), {}
     hessians = calibrate(model, rows, step, rt)
+    if cfg.quantiser == "tcq":
+        noise = sensitivities(forwards.rows, model, rows, step, hessians, rt)
     rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {rt.seconds() - started:.1f}s")
     if rt.rank == 0:
-        pack(cfg, rt, model, hessians, folder)
+        pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
 
 
@@ -3386,23 +3675,33 @@ def baked(source: str, cfg: Config) -> str:
     return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
 
 
-def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], folder: Path) -> None:
-    """Quantise, compress and write the two files that count, and log what they weigh."""
-    started = time.perf_counter()
-    tensors = quantise(model.state_dict(), hessians, cfg)
-    quantised = time.perf_counter()
+def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
+         noise: dict[str, float], folder: Path) -> None:
+    """Quantise, compress and write the two files that count, and log what they weigh.
+
+    noise: `sensitivities`, for QUANTISER=tcq."""
+    started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
-    arrays = {name: t.numpy() for name, t in tensors.items()}
-    try:
+    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
+
+    def encode(by_trellis: dict[str, Tensor] | None = None) -> bytes:
+        nonlocal seconds
+        arrays = {name: t.numpy() for name, t in quantise(state, hessians, cfg, by_trellis).items()}
+        begun = time.perf_counter()
         blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
+        seconds += time.perf_counter() - begun
+        return blob
+
+    try:
+        blob = encode() if cfg.quantiser == "uniform" else fit_trellis(
+            state, hessians, noise, cfg, cfg.artifact_budget_bytes - len(program), encode, rt.log)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"COMPRESSOR={cfg.compressor} failed ({error}); {MODEL_FILE} is written: "
                         "free the disk or set TMPDIR, then run with QUANTIZE_ONLY=1") from error
-    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
-    rt.log(f"quantisation {quantised - started:.1f}s compression "
-           f"{time.perf_counter() - quantised:.1f}s")
+    rt.log(f"quantisation {time.perf_counter() - started - seconds:.1f}s compression "
+           f"{seconds:.1f}s")
     rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
