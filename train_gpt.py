@@ -52,6 +52,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -2078,43 +2079,24 @@ def factorise(H: Tensor) -> Factor:
     return Factor(dead, order, U)
 
 
-def feed_back(parts: list[tuple[Tensor, Factor]], quantise_column: Callable[[Tensor, int], Tensor],
-              block: int = 128) -> None:
-    """GPTQ (arXiv:2210.17323): quantise column by column, push each error onto those to come.
+@torch.no_grad()
+def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
 
-    parts: matrices [rows_i, cols] of equal width with their factors; they share only the calls of
-    quantise_column(w [sum of rows], c), which returns the values that stand for column c (in each
-    factor's order). E holds the scaled errors of a block."""
-    W = torch.cat([W.float().masked_fill(f.dead, 0)[:, f.order] for W, f in parts])
-    spans, rows = [], 0
-    for part, f in parts:
-        spans.append((slice(rows, rows := rows + len(part)), f.U))
-    Us = torch.stack([U for _, U in spans])
-    owner = torch.repeat_interleave(
-        torch.tensor([len(part) for part, _ in parts], device=W.device))
+    W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s. E
+    holds the scaled errors of a block. Raises UserError if H is not finite."""
+    (dead, order, U), s = factorise(H), grid.steps(W.float())
+    step, W = s.float(), W.float().masked_fill(dead, 0)[:, order]
+    Q = torch.empty_like(W)
     for i in range(0, W.shape[1], block):
         j = min(i + block, W.shape[1])
         E = torch.empty_like(W[:, i:j])
         for c in range(i, j):
-            E[:, c - i] = (W[:, c] - quantise_column(W[:, c], c)) / Us[:, c, c][owner]
-            W[:, c:j] -= E[:, c - i, None] * Us[:, c, c:j][owner]
-        for span, U in spans:
-            W[span, j:] -= E[span] @ U[i:j, j:]
-
-
-@torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
-    """GPTQ on a uniform grid: W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols],
-    s float16 [rows]; W ~ q s. Raises UserError if H is not finite."""
-    factor, s, Q = factorise(H), grid.steps(W.float()), torch.empty_like(W.float())
-    step = s.float()
-
-    def quantise_column(w: Tensor, c: int) -> Tensor:
-        Q[:, c] = grid.round(w, step)
-        return Q[:, c] * step
-
-    feed_back([(W, factor)], quantise_column, block)
-    return Q[:, factor.order.argsort()].to(torch.int8), s
+            Q[:, c] = grid.round(W[:, c], step)
+            E[:, c - i] = (W[:, c] - Q[:, c] * step) / U[c, c]
+            W[:, c:j] -= E[:, c - i, None] * U[c, c:j]
+        W[:, j:] -= E @ U[i:j, j:]
+    return Q[:, order.argsort()].to(torch.int8), s
 
 
 def decode_gptq(q: Tensor, s: Tensor) -> Tensor:
@@ -2126,112 +2108,120 @@ def decode_gptq(q: Tensor, s: Tensor) -> Tensor:
 # Integers k of one fine grid run down a column. A walker whose state is its last v bits takes one
 # bit a step, b; the state alone fixes the parity of k, state and b fix k mod 4: twice the step's
 # choice of values for the rate of a coarse grid. k is stored as m = k >> 1, with the parity as the
-# context under which an entropy coder should code m; the state follows from the m above.
-TRELLISES = {4: (1, 2), 8: (1, 6), 16: (2, 9), 32: (4, 18), 64: (10, 33)}  # masks of Trellis
+# context under which the entropy coder codes m; the state follows from the m above.
+# k mod 4 = y0 + 2 y1, y0 = parity(state & low), y1 = b xor parity(state & high); the next state is
+# (2 state + b) mod S (Ungerboeck's codes).
+TRELLISES = {4: (1, 2), 8: (1, 6), 16: (2, 9), 32: (4, 18), 64: (10, 33)}  # states S: (low, high)
 TRELLIS_NOISE = 0.26  # mean squared error in squared steps
 TRELLIS_RUN = 128  # rows after which the walk begins again in state 0, so that runs are parallel
+LANES = 4  # runs side by side in one vector: 512 rows are 4 runs
 
 
-class Trellis(NamedTuple):
-    """Ungerboeck's codes: k mod 4 = y0 + 2 y1 with y0 = parity(state & low), y1 = b xor
-    parity(state & high); the next state is (2 state + b) mod S."""
-
-    low: Tensor  # [S] y0
-    high: Tensor  # [S] y1 where b = 0
-    before: Tensor  # [S, 2] the states from which one comes to a state
-    coset: Tensor  # [S, 2] k mod 4 on those two ways
-
-    @staticmethod
-    @functools.cache
-    def of(states: int, device: torch.device) -> "Trellis":
-        """The code of so many states, one of TRELLISES."""
-        masks = TRELLISES[states]
-        low, high = (torch.tensor([(s & mask).bit_count() & 1 for s in range(states)])
-                     for mask in masks)
-        s = torch.arange(states)
-        before = torch.stack((s >> 1, (s >> 1) + states // 2), dim=1)
-        coset = low[before] + 2 * (high[before] ^ (s & 1)[:, None])
-        return Trellis(*(x.to(device) for x in (low, high, before, coset)))
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """The walk k nearest to x (Viterbi): x [runs, L] in steps -> k [runs, L], |k| <= 254."""
-        x = x.clamp(-250, 250).T  # [L, runs]
-        digit = torch.arange(4, device=x.device)
-        k = ((x[..., None] - digit) / 4).round() * 4 + digit  # nearest of each class mod 4
-        ways = (x[..., None] - k).square()[..., self.coset]  # [L, runs, S, 2]
-        cost = torch.full_like(ways[0, :, :, 0], math.inf)
-        cost[:, 0] = 0
-        taken = []
-        for way in ways:
-            cost, which = (cost[:, self.before] + way).min(dim=-1)
-            taken.append(which)
-        state, path = cost.argmin(dim=1, keepdim=True), []
-        for which in reversed(taken):
-            flat = 2 * state + which.gather(1, state)
-            path.append(flat)
-            state = self.before.flatten()[flat]
-        cosets = self.coset.flatten()[torch.stack(path[::-1])]
-        return k.gather(2, cosets)[..., 0].T
-
-    def follow(self, state: Tensor, m: Tensor) -> Tensor:
-        """The states after symbols m = k >> 1, int64; low[state] was the context of each."""
-        return (2 * state + ((m & 1) ^ self.high[state])) % len(self.low)
-
-    def parities(self, m: Tensor) -> Tensor:
-        """k & 1 of every symbol m = k >> 1 [rows, cols], int64."""
-        rows, cols = m.shape
-        runs = F.pad(m, (0, 0, 0, -rows % TRELLIS_RUN)).long().view(-1, TRELLIS_RUN, cols)
-        state, out = torch.zeros_like(runs[:, 0]), torch.empty_like(runs)
-        for r in range(TRELLIS_RUN):
-            out[:, r] = self.low[state]
-            state = self.follow(state, runs[:, r])
-        return out.view(-1, cols)[:rows]
+def trellis_bits(states: int) -> np.ndarray:
+    """[2, S] int64: parity of state & low, parity of state & high. One state: no trellis, zeros."""
+    masks = TRELLISES.get(states, (0, 0))
+    return np.array([[(s & mask).bit_count() & 1 for s in range(states)] for mask in masks])
 
 
-class TrellisPart(NamedTuple):
-    """A matrix on its way through `gptq_trellis`: its steps are s [rows] 2^(c [cols] / 8)."""
+def trellis_parities(m: Tensor, states: int) -> Tensor:
+    """k & 1 of every symbol m = k >> 1 [rows, cols], int64."""
+    (rows, cols), (low, high) = m.shape, torch.from_numpy(trellis_bits(states)).to(m.device)
+    runs = F.pad(m, (0, 0, 0, -rows % TRELLIS_RUN)).long().view(-1, TRELLIS_RUN, cols)
+    state, out = torch.zeros_like(runs[:, 0]), torch.empty_like(runs)
+    for r in range(TRELLIS_RUN):
+        out[:, r] = low[state]
+        state = (2 * state + ((runs[:, r] & 1) ^ high[state])) % states
+    return out.view(-1, cols)[:rows]
 
-    W: Tensor
-    factor: Factor
-    s: Tensor  # float16
-    c: Tensor  # int8
+
+@numba.njit(nogil=True)
+def _viterbi(x: np.ndarray, ways: np.ndarray, k: np.ndarray) -> None:
+    """Into k [L, LANES] the walks nearest to x [L, LANES], in steps; float32. ways [S, 2]: k mod 4
+    on the way to a state from states s >> 1 and S / 2 + (s >> 1)."""
+    L, half, near = len(x), len(ways) >> 1, np.empty((4, LANES), np.float32)
+    cost, four, quarter = np.empty((L + 1, 2 * half, LANES), np.float32), np.float32(4), np.float32(0.25)
+    cost[0], cost[0, 0] = 1e30, 0
+    for r in range(L):
+        for y in range(4):
+            for i in range(LANES):
+                u = x[r, i] - np.float32(y)
+                u -= four * np.rint(u * quarter)
+                near[y, i] = u * u
+        old, new = cost[r], cost[r + 1]
+        for s in range(2 * half):
+            p, a, b = s >> 1, ways[s, 0], ways[s, 1]
+            for i in range(LANES):  # of constant length: one vector instruction each
+                u, v = old[p, i] + near[a, i], old[p + half, i] + near[b, i]
+                new[s, i] = v if v < u else u
+    for i in range(LANES):
+        s = np.argmin(cost[L, :, i])
+        for r in range(L - 1, -1, -1):
+            p, a, b = s >> 1, np.float32(ways[s, 0]), np.float32(ways[s, 1])
+            u, v = x[r, i] - a, x[r, i] - b
+            m, n = four * np.rint(u * quarter), four * np.rint(v * quarter)
+            u, v = u - m, v - n
+            other = cost[r, p + half, i] + v * v < cost[r, p, i] + u * u
+            k[r, i], s = (n + b, p + half) if other else (m + a, p)
+
+
+@numba.njit(nogil=True)
+def _trellis_feedback(W: np.ndarray, U: np.ndarray, rows: np.ndarray, cols: np.ndarray,
+                      ways: np.ndarray, block: int) -> np.ndarray:
+    """GPTQ on some runs of a matrix: W [LANES, L, n], U [n, n] -> k like W. Steps are rows[0]
+    cols[0]; weights are shrunk by 1 / (1 + rows[1] cols[1]) first. W ends as the scaled errors,
+    which reach the columns of their block at once, those beyond at its end, four by four."""
+    (_, L, n), K = W.shape, np.empty_like(W)
+    x, k = np.empty((L, LANES), np.float32), np.empty((L, LANES), np.float32)
+    for begin in range(0, n, block):
+        end = min(begin + block, n)
+        for c in range(begin, end):
+            for i in range(LANES):
+                for r in range(L):
+                    u = W[i, r, c] / (1 + rows[1, i, r] * cols[1, c]) / (rows[0, i, r] * cols[0, c])
+                    x[r, i] = min(max(u, -250), 250)
+            _viterbi(x, ways, k)
+            for i in range(LANES):
+                for r in range(L):
+                    e = (W[i, r, c] - k[r, i] * rows[0, i, r] * cols[0, c]) / U[c, c]
+                    K[i, r, c], W[i, r, c], w, u = k[r, i], e, W[i, r, c + 1:end], U[c, c + 1:end]
+                    for j in range(len(w)):
+                        w[j] -= e * u[j]
+        if end == n:
+            break
+        for row in W.reshape(LANES * L, n):
+            w = row[end:]
+            for c in range(begin, end, 4):
+                a, b, e, f = row[c:c + 4]
+                t, u, v, x4 = U[c, end:], U[c + 1, end:], U[c + 2, end:], U[c + 3, end:]
+                for j in range(len(w)):
+                    w[j] -= a * t[j] + b * u[j] + e * v[j] + f * x4[j]
+    return K
 
 
 @torch.no_grad()
-def gptq_trellis(parts: list[TrellisPart], states: int, block: int = 128) -> list[Tensor]:
-    """GPTQ whose columns are walks of a trellis: parts of equal width -> symbols m int8, each.
+def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
+                 block: int = 128) -> Tensor:
+    """GPTQ whose columns are walks of a trellis with steps s [rows] 2^(c [cols] / 8): symbols m, int8.
 
     The rows of a column are independent given the columns before, so a walk down the column needs
     no decision ahead of time. Entropy coding asks for small k: for Gaussian weights of deviation
-    sigma, error^2 + lambda bits is least for the walk nearest to w / (1 + D / sigma^2)."""
-    trellis = Trellis.of(states, parts[0].W.device)
-    spans, rows = [], 0
-    for part in parts:
-        spans.append((slice(rows, rows := rows + len(part.W)), part))
-    d, shrink = [], []
-    for part in parts:
-        W, order = part.W.float(), part.factor.order
-        d.append((part.s.float()[:, None] * (part.c.float() / 8).exp2())[:, order])
-        power = W.square()
-        sigma2 = power.mean(1, keepdim=True) * power.mean(0)[order] / power.mean().clamp_min(1e-20)
-        shrink.append(1 / (1 + TRELLIS_NOISE * d[-1].square() / sigma2.clamp_min(1e-20)))
-    d, shrink = torch.cat(d), torch.cat(shrink)
-    K = torch.empty_like(d)
-    fill = [-len(part.W) % TRELLIS_RUN for part in parts]
-
-    def quantise_column(w: Tensor, c: int) -> Tensor:
-        x = w * shrink[:, c] / d[:, c]
-        runs = torch.cat([F.pad(x[span], (0, n)) for (span, _), n in zip(spans, fill, strict=True)])
-        k = trellis.nearest(runs.view(-1, TRELLIS_RUN)).flatten()
-        begin = 0
-        for (span, part), n in zip(spans, fill, strict=True):
-            K[span, c] = k[begin : begin + len(part.W)]
-            begin += len(part.W) + n
-        return K[:, c] * d[:, c]
-
-    feed_back([(part.W, part.factor) for part in parts], quantise_column, block)
-    M = K.div(2).floor().to(torch.int8)
-    return [M[span][:, part.factor.order.argsort()] for span, part in spans]
+    sigma, error^2 + lambda bits is least for the walk nearest to w / (1 + D / sigma^2). On the CPU
+    whatever the device; equal arguments give equal symbols. block: a multiple of 4."""
+    (n, width), power = W.shape, W.float().square().clamp_min(1e-20)
+    rows = torch.stack([s.float(), TRELLIS_NOISE * s.float().square() / power.mean(1)])
+    step = (c.float() / 8).exp2()
+    cols = torch.stack([step, step.square() * power.mean() / power.mean(0)])[:, factor.order]
+    more, (low, high) = -n % (LANES * TRELLIS_RUN), trellis_bits(states)
+    before = np.arange(states)[:, None] // 2 + (0, states // 2)
+    ways = low[before] + 2 * (high[before] ^ np.arange(states)[:, None] % 2)
+    W = F.pad(W.float().masked_fill(factor.dead, 0)[:, factor.order], (0, 0, 0, more))
+    rows = F.pad(rows, (0, more), value=1.0).view(2, -1, TRELLIS_RUN)
+    W = W.view(-1, TRELLIS_RUN, width)
+    W, U, rows, cols = (x.contiguous().cpu().numpy() for x in (W, factor.U, rows, cols))
+    k = [_trellis_feedback(W[i:i + LANES].copy(), U, rows[:, i:i + LANES].copy(), cols, ways, block)
+         for i in range(0, len(W), LANES)]
+    k = torch.from_numpy(np.concatenate(k)).view(-1, width)[:n, factor.order.argsort().cpu()]
+    return (k / 2).floor().to(torch.int8)
 
 
 def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -2242,7 +2232,7 @@ def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
     """k s 2^(c/8), float32 [rows, cols]."""
-    k = 2 * m.float() + Trellis.of(states, m.device).parities(m)
+    k = 2 * m.float() + trellis_parities(m, states)
     return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
@@ -2382,16 +2372,16 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
                      sensitivity: Mapping[str, float], level: float,
                      cfg: Config) -> dict[str, Tensor]:
     """NAME.q (symbols m), NAME.s and NAME.c of every matrix, and the number of states."""
-    out, groups = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}, {}
-    for m in matrices(cfg):
+    def one(m: Matrix) -> dict[str, Tensor]:
         W, factor = matrix_of(state, m), factors[m.source]
-        unit = 2**level * trellis_unit(factor, sensitivity[m.name])
-        part = TrellisPart(W, factor, *trellis_steps(W, factor, unit))
-        groups.setdefault(W.shape[1], {})[m.name] = part
-    for group in groups.values():
-        symbols = gptq_trellis([*group.values()], cfg.trellis_states)
-        for (name, part), q in zip(group.items(), symbols, strict=True):
-            out.update({f"{name}.q": q, f"{name}.s": part.s, f"{name}.c": part.c})
+        s, c = trellis_steps(W, factor, 2**level * trellis_unit(factor, sensitivity[m.name]))
+        q = gptq_trellis(W, factor, s, c, cfg.trellis_states)
+        return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
+
+    out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(one, matrices(cfg)):
+            out |= part
     return out
 
 
@@ -2513,7 +2503,7 @@ PIECE_DTYPES = ("int8", "uint8", "int16", "uint16", "float16", "float32")
 ROLES = ("mlp_up", "mlp_down", "embedding", "query", "attn_out", "key", "value")  # largest first
 WALKED_ROLES, WALK_ROWS = ("embedding", "query", "mlp_up"), 16384  # the walk holds rows^2 floats
 COMPRESSORS = {"ans": "ans", "pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # matrices'
-CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after); given shapes, too
+CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after); ans: shapes, too
     "brotli": (lambda raw, *_: brotli.compress(raw, quality=11, lgwin=24),
                lambda raw, n, *_: brotli.Decompressor().process(raw, output_buffer_limit=n + 1)),
     "lzma": (lambda raw, *_: lzma.compress(raw, check=lzma.CHECK_NONE,
@@ -2521,7 +2511,7 @@ CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after);
              lambda raw, n, *_: lzma.LZMADecompressor(memlimit=1 << 27).decompress(raw, n + 1)),
     "lrzip": (lambda raw, *_: _lrzip(raw, "-z -L 9", limit=2 * len(raw) + 65536),
               lambda raw, n, *_: _lrzip(raw, "-d", limit=n)),
-    "ans": (lambda *given: _alone(_ans_encode, *given), lambda *given: _alone(_ans_decode, *given))}
+    "ans": (lambda *given: _ans_encode(*given), lambda *given: _ans_decode(*given))}
 
 
 def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
@@ -2548,192 +2538,197 @@ def _lrzip(data: bytes, options: str, limit: int) -> bytes:
         return Path(folder, "out").read_bytes()
 
 
-# ---- ans: int8 matrices of one shape, an adaptive model, interleaved rANS (arXiv:1402.3392)
-# One pass visits the integers for both directions, so that model and inverse cannot differ. All it
-# computes is exact on any machine: integers, + - * / of float64 by element, which IEEE 754 fixes,
-# and sums and matrix products of whole numbers below 2^53, in which nothing is rounded.
+# ---- ans: int8 matrices of one shape, an adaptive model, rANS (arXiv:1402.3392)
+# One walk visits the integers for both directions, so that model and inverse cannot differ. All it
+# computes is exact on any machine: integers, + - * / of float64 one by one, which IEEE 754 fixes
+# (numba neither fuses nor reorders them), and sums of whole numbers below 2^53.
 # Settings, of which the encoder takes the best: rows that the mean of all matrices counts for in a
-# column's variance; columns that 1 counts for in a row's factor (below 0, times C: §8's rows have
-# one energy, so what began loud ends quiet); rows that independence counts for in prediction, or 0
+# column's variance; columns that 1 counts for in a row's factor (below 0, times C: rows of the
+# uniform quantiser have one energy, so what began loud ends quiet); rows that independence counts
+# for in prediction, or 0
 ANS_SETTINGS = ((64, -1.1, 0), (512, -1.1, 0), (64, 8192, 0), (256, 48, 0), (128, 16, 512),
                 (512, 256, 2048))
-ANS_HEAD, ANS_SCALES, ANS_PHASES = struct.Struct("<Bbb"), 128, 4  # setting, least and most residual
-
-ANS_LOCK = threading.Lock()
+ANS_HEAD, ANS_SCALES = struct.Struct("<BBbB5s"), 128  # setting, states, least, span - 1, rANS state
 
 
-def _alone(function: Callable[..., bytes], *given: Any) -> bytes:
-    """function(*given) without another at its side: calls this short, of two threads, wait for each
-    other (the full-size model read in 10 s instead of 5)."""
-    with ANS_LOCK:
-        return function(*given)
-
-
+@numba.njit(nogil=True)
 def _ans_predictor(cov: np.ndarray, ridge: float) -> np.ndarray:
-    """Each column's coefficients in those before it, whole numbers / 2^16 [C, C], from second
-    moments cov [C, C]: I - L^-1 of cov = L D L^T, by element since a BLAS would round."""
-    a, buffer = cov.copy(), np.empty_like(cov)
-    np.fill_diagonal(a, cov.diagonal() * (1 + ridge) + 1)
-    for c in range(len(a) - 1):
-        factor, row = a[c + 1:, c, None] / a[c, c], a[c].copy()
-        a[c + 1:, c], row[c] = 0, 1  # L^-1 grows where the lower half of cov is done with
-        a[c + 1:] -= np.multiply(factor, row, out=buffer[c + 1:])
-    return np.clip(np.rint(np.tril(a, -1) * -65536), -2.0**30, 2.0**30)
+    """Column c's coefficients in those before it, whole numbers / 2^16 [:, c], from second moments
+    cov [C, C]: I - L^-1 of cov = L D L^T, by element since a BLAS would round."""
+    a, C = cov.copy(), len(cov)
+    for c in range(C):
+        a[c, c] = cov[c, c] * (1 + ridge) + 1
+    for c in range(C - 1):
+        for i in range(c + 1, C):
+            factor = a[i, c] / a[c, c]
+            for j in range(C):
+                a[i, j] -= factor * a[c, j]
+            a[i, c] = -factor  # L^-1 grows where the lower half of cov is done with
+    for c in range(C):
+        a[c, c:] = 0
+    return np.clip(np.rint(a.T * -65536), -2.0**30, 2.0**30)
 
 
-def _ans_pass(cube: np.ndarray, setting: tuple[int, float, int], code: Callable) -> None:
-    """Fill cube [M, R, C] with what code(contexts, residuals) returns, both [M, rows, columns]: by
-    blocks of rows, the M matrices side by side; in these by columns (single ones if predicted).
+@numba.njit(nogil=True)
+def _ans_renew(table: np.ndarray, context: int, total: int) -> None:
+    """Frequencies of 65,536 in all, and their sums, from the counts of one context."""
+    n, most, left = table.shape[2], 0, 65536
+    for k in range(n):
+        table[1, context, k] = 1 + table[0, context, k] * (65536 - n) // total
+        left -= table[1, context, k]
+        most = k if table[1, context, k] > table[1, context, most] else most
+    table[1, context, most] += left
+    for k in range(1, n):
+        table[2, context, k] = table[2, context, k - 1] + table[1, context, k - 1]
 
-    t is a residual in quarters, to which predictions are rounded. Its variance: the column's mean
-    of t^2 in the rows above, times the row's factor from the columns to the left."""
-    (M, R, C), (prior, rows, ridge), r = cube.shape, setting, 0
-    rows, energy, coef, cov = rows if rows > 0 else rows * C, np.zeros((M, C)), np.zeros((C, C)), 0
-    halves = [2**k for k in range(3, C.bit_length() - 1)]
-    edges = range(C + 1) if ridge else sorted({0, C, *halves[2:], *(C - h for h in halves)})
-    while r < R:
-        block = cube[:, r:r + (min(max(r, 64), 1024) if ridge else -(-16 // M))]
-        n, shift = block.shape[1], 0
-        done, seen, loud = np.zeros((C, n)), np.zeros((M, C)), np.zeros((M, n, 1))
+
+@numba.njit(nogil=True)
+def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray, least: int,
+              energy: np.ndarray, state: np.ndarray, table: np.ndarray, totals: np.ndarray,
+              coef: np.ndarray, seen: np.ndarray, codes: np.ndarray, words: np.ndarray,
+              at: int, x: int) -> tuple[int, int]:
+    """Rows span of cube [M, R, C], one by one, the M matrices by turns: into codes, or from words
+    where there are no codes. Returns (place in them, state of the rANS), place -1 for an error.
+
+    Values are in quarters: t is the distance of 4 m + 2 parity from its prediction, its variance
+    the column's mean of t^2 in the rows above times the row's factor from the columns to the left.
+    The fourths of the prediction and the parity choose one of four phases of a distribution."""
+    (M, R, C), (prior, left, ridge), n = cube.shape, setting, table.shape[2]
+    guess, pool, v = np.zeros(C), np.empty(C), np.empty(1)
+    bits, left = v.view(np.int64), left if left > 0 else -left * C
+    for r in range(span[0], span[1]):
+        if r % TRELLIS_RUN == 0:
+            state[:] = 0
         mean = energy.sum() / (r * M * C) if r else 96.0
-        pool = (energy.sum(0) + 1024 * mean) / (M * r + 1024)
-        base = np.maximum((energy + prior * pool) / (r + prior), 1)[:, None]
-        weight = np.rint(2.0**20 / base)
-        for i, j in itertools.pairwise(edges):
-            variance = base[..., i:j] * np.clip((loud / 2**20 + rows) / (i + rows), 0.25, 4)
-            # exponent and three bits of the mantissa: a logarithm that no libm has a say in
-            contexts = np.clip((variance.view(np.int64) >> 49) - (1023 << 3), 0, ANS_SCALES - 1)
-            if ridge:
-                if i % 32 == 0:  # what columns 0..i say about the next 32, at once
-                    first, left = i, coef[i:i + 32, :i] @ done[:i]
-                guess = np.floor((left[i - first] + coef[i, first:i] @ done[first:i]) / 2**14 + 0.5)
-                shift = np.clip(guess, -508, 508).astype(np.int64)[None, :, None]
-                contexts = contexts * ANS_PHASES + (shift & 3)
-            values = code(contexts, block[..., i:j] - (shift >> 2)) + (shift >> 2)
-            block[..., i:j] = values
-            t2 = (values * 4.0 - shift) ** 2
-            loud += (t2 * weight[..., i:j]).sum(2, keepdims=True)
-            seen[:, i:j] = t2.sum(1)
-            if ridge:
-                done[i] = values[0, :, 0]
-        r, energy = r + n, energy + seen
-        if ridge and r < R:
-            cov = cov + done @ done.T
-            coef = _ans_predictor(cov, ridge / r)
+        for c in range(C):
+            pool[c] = (energy[:, c].sum() + 1024 * mean) / (M * r + 1024)
+        for m in range(M):
+            loud, guess[:] = 0.0, 0
+            for c in range(C):
+                base = max((energy[m, c] + prior * pool[c]) / (r + prior), 1.0)
+                v[0] = base * min(max((loud + left) / (c + left), 0.25), 4.0)
+                # exponent and three bits of the mantissa: a logarithm that no libm has a say in
+                scale = min(max((bits[0] >> 49) - (1023 << 3), 0), ANS_SCALES - 1)
+                near = min(max(np.floor(guess[c] / 65536 + 0.5), -508.0), 508.0)
+                s = state[m, c]
+                shift = np.int64(near) - 2 * trellis[0, s]
+                context = 4 * scale + (shift & 3)
+                freq, start = table[1, context], table[2, context]
+                if len(codes):
+                    k = (cube[m, r, c] - (shift >> 2) - least) % n
+                    codes[at] = (freq[k] - 1) << 16 | start[k]
+                    at += 1
+                else:
+                    k, high, slot = 0, n, x & 65535
+                    while high - k > 1:
+                        middle = (k + high) >> 1
+                        if start[middle] <= slot:
+                            k = middle
+                        else:
+                            high = middle
+                    x = freq[k] * (x >> 16) + slot - start[k]
+                    if x < 1 << 24:
+                        if at == len(words):
+                            return -1, x
+                        x, at = x << 16 | words[at], at + 1
+                    cube[m, r, c] = (k + (shift >> 2)) % n + least
+                table[0, context, k] += 64
+                totals[0, context] += 64
+                if totals[0, context] > totals[1, context] + (totals[1, context] >> 3):
+                    totals[1, context] = totals[0, context]
+                    _ans_renew(table, context, totals[0, context])
+                q = np.int64(cube[m, r, c])
+                t = 4.0 * q - shift
+                loud += t * t / base
+                energy[m, c] += t * t
+                state[m, c] = (2 * s + ((q & 1) ^ trellis[1, s])) & (trellis.shape[1] - 1)
+                if ridge:
+                    t, later, row = t + near, guess[c + 1:], coef[c, c + 1:]
+                    seen[r, c] = t
+                    for j in range(len(row)):
+                        later[j] += row[j] * t
+    return at, x
 
 
-class _AnsTables:
-    """Frequencies by context, of 65,536: a Gaussian worth 1,024 observations, then what is seen."""
-
-    def __init__(self, setting: tuple[int, float, int], low: int, high: int, slots: bool) -> None:
-        self.n, phases = high - low + 1, ANS_PHASES if setting[2] else 1
-        self.waiting, self.late = [], 0
-        edges = ((np.arange(ANS_SCALES + 1) + (1023 << 3)) << 49).view(np.float64) / 16
-        far = np.arange(low, high + 1) - np.arange(phases)[:, None] / ANS_PHASES
-        w = 1 / (1 + far * far / (edges[:-1] + edges[1:])[:, None, None] / 1024)
-        for _ in range(10):  # (1 + x / 1024)^-1024 for exp(-x), which differs between libraries
-            w = w * w
-        w = np.rint(w * 2.0**30).astype(np.int64).reshape(-1, self.n)
-        self.counts = (w << 16) // np.maximum(w.sum(1, keepdims=True), 1)
-        self.freq, self.start, self.built = np.ones_like(w), np.zeros_like(w), np.zeros(len(w), int)
-        self.slots = np.zeros((len(w), 65536), np.uint8) if slots else None
-        self.see(np.zeros(0, np.int64), limit=0)
-
-    def see(self, keys: np.ndarray, limit: int = 8192) -> None:
-        """Count keys = context * n + symbol; when `limit` wait, make the frequencies of those
-        contexts anew that have seen an eighth more than last time."""
-        self.waiting.append(keys)
-        self.late += len(keys)
-        if self.late < limit:
-            return
-        seen = np.bincount(np.concatenate(self.waiting), minlength=self.counts.size)
-        self.counts += 64 * seen.reshape(self.counts.shape)
-        self.waiting, self.late, total = [], 0, self.counts.sum(1) + 1
-        new = np.flatnonzero(total > self.built + (self.built >> 3))
-        f = 1 + self.counts[new] * (65536 - self.n) // total[new, None]
-        f[np.arange(len(new)), f.argmax(1)] += 65536 - f.sum(1)
-        self.built[new], self.freq[new], self.start[new] = total[new], f, f.cumsum(1) - f
-        for context, row in zip(new, f) if self.slots is not None else ():
-            self.slots[context] = np.repeat(np.arange(self.n).astype(np.uint8), row)
+@numba.njit(nogil=True)
+def _ans_push(codes: np.ndarray) -> tuple[int, np.ndarray]:
+    """The rANS state in front and the words of 16 bits that decode to codes: (freq - 1) << 16 |
+    start. Last in, first out."""
+    x, words, at = 1 << 24, np.empty(len(codes), np.uint16), len(codes)
+    for code in codes[::-1]:
+        freq, start = (np.int64(code) >> 16) + 1, np.int64(code) & 65535
+        if x >= freq << 24:
+            at -= 1
+            words[at] = x & 65535
+            x >>= 16
+        x += x // freq * (65536 - freq) + start
+    return x, words[at:].copy()
 
 
-def _ans_steps(cube: np.ndarray, index: int) -> tuple[float, list[np.ndarray], bytes]:
-    """(bits, freq << 16 | start of all integers by step, head) of a cube under one setting."""
-    records, steps, bits, setting = [], [], 0.0, ANS_SETTINGS[index]
-
-    def code(contexts: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-        records.append((contexts.ravel().astype(np.int16), residuals.ravel().astype(np.int16)))
-        return residuals
-    _ans_pass(cube, setting, code)
-    low, high = min(s.min() for _, s in records), max(s.max() for _, s in records)
-    if low < -128 or high > 127:  # a prediction that leads astray
-        return math.inf, [], b""
-    tables = _AnsTables(setting, int(low), int(high), slots=False)
-    for contexts, residuals in records:
-        keys = contexts * np.int64(tables.n) + (residuals - low)
-        freq = tables.freq.take(keys)
-        bits += (16 - np.log2(freq)).sum()
-        steps.append(freq << 16 | tables.start.take(keys))
-        tables.see(keys)
-    return bits, steps, ANS_HEAD.pack(index, low, high)
+def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, codes: np.ndarray,
+              words: np.ndarray, x: int) -> tuple[int, int]:
+    """`_ans_rows` on all of cube, with all that it learns: frequencies by context, of 65,536, are
+    a Gaussian worth 1,024 observations, then what is seen; predictions at rows 64, 128, ..."""
+    (M, R, C), setting, at = cube.shape, ANS_SETTINGS[index], 0
+    edges = ((np.arange(ANS_SCALES + 1) + (1023 << 3)) << 49).view(np.float64) / 16
+    far = np.arange(least, least + n) - np.arange(4)[:, None] / 4
+    w = 1 / (1 + far * far / (edges[:-1] + edges[1:])[:, None, None] / 1024)
+    for _ in range(10):  # (1 + y / 1024)^-1024 for exp(-y), which differs between libraries
+        w = w * w
+    w = np.rint(w * 2.0**30).astype(np.int64).reshape(-1, n)
+    table, totals = np.zeros((3, *w.shape), np.int64), np.zeros((2, len(w)), np.int64)
+    table[0] = (w << 16) // np.maximum(w.sum(1, keepdims=True), 1)
+    totals[:] = table[0].sum(1) + 1
+    for context, total in enumerate(totals[0]):
+        _ans_renew(table, context, total)
+    energy, state, side = np.zeros((M, C)), np.zeros((M, C), np.int64), C if setting[2] else 0
+    seen, coef, cov = np.zeros((R, side)), np.zeros((side, side)), 0
+    edges = [0, 64, 128, 256, 512, *range(1024, R, 1024)] if side else [0]
+    for span in itertools.pairwise([e for e in edges if e < R] + [R]):
+        at, x = _ans_rows(cube, span, tuple(map(float, setting)), trellis_bits(states), least,
+                          energy, state, table, totals, coef, seen, codes, words, at, x)
+        _require(at >= 0, "ans: the words end before the integers")
+        if side and span[1] < R:
+            new = seen[span[0]:span[1]]
+            cov = cov + new.T @ new
+            coef = _ans_predictor(cov, setting[2] / span[1])
+    return at, x
 
 
 def _ans_settings(M: int, R: int, C: int) -> list[int]:
     """Those that may be tried: prediction (C^3 operations) only for one tall and narrow matrix."""
     return [i for i, setting in enumerate(ANS_SETTINGS)
-            if C <= 8192 and (not setting[2] or (M == 1 and R >= 2 * C and C <= 1024))]
+            if not setting[2] or (M == 1 and R >= 2 * C and C <= 1024)]
 
 
-def _ans_encode(raw: bytes, shapes: Sequence[tuple[int, int]]) -> bytes:
-    """Concatenated int8 matrices -> head, states of the lanes, words of 16 bits."""
+def _ans_encode(raw: bytes, shapes: Sequence[tuple[int, int]], states: int) -> bytes:
+    """Concatenated int8 matrices -> head, words of 16 bits. states: of the trellis, or 1."""
     cube = np.frombuffer(raw, np.int8).reshape(len(shapes), *shapes[0]).copy()
-    tried = {i: _ans_steps(cube[::2], i)[0] for i in _ans_settings(*cube.shape)}
-    _, steps, head = _ans_steps(cube, min(tried, key=tried.get))
-    lanes = 8 + (cube.size >> 15)
-    x, words = np.full(lanes, 1 << 24), [np.zeros(0, np.uint16)]
-    for step in reversed(steps):  # last in, first out
-        for i in reversed(range(0, len(step), lanes)):
-            freq, start = step[i:i + lanes] >> 16, step[i:i + lanes] & 65535
-            s = x[:len(freq)]
-            over = np.flatnonzero(s >= freq << 24)
-            words.append(s[over].astype(np.uint16))
-            s[over] >>= 16
-            s += s // freq * (65536 - freq) + start
-    states = x.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :5]  # all below 2^40
-    return head + states.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes()
+    least, most, none = int(cube.min()), int(cube.max()), np.zeros(0, np.uint16)
+
+    def codes(part: np.ndarray, index: int) -> np.ndarray:
+        out = np.empty(part.size, np.uint32)
+        _ans_walk(part, index, states, least, most - least + 1, out, none, 0)
+        return out
+
+    sample = cube[::2].copy()
+    tried = {i: -np.log2((codes(sample, i) >> 16) + 1.0).sum() for i in _ans_settings(*cube.shape)}
+    index = min(tried, key=tried.get)
+    x, words = _ans_push(codes(cube, index))
+    head = ANS_HEAD.pack(index, states, least, most - least, x.to_bytes(5, "little"))
+    return head + words.astype("<u2").tobytes()
 
 
 def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> bytes:
     """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
-    M, (R, C), (index, low, high) = len(shapes), shapes[0], ANS_HEAD.unpack_from(stored)
-    _require(M * R * C == size <= 1 << 27 and shapes.count(shapes[0]) == M and low <= high
-             and index in _ans_settings(M, R, C), "ans: sizes or setting do not agree")
-    cube, lanes, at = np.zeros((M, R, C), np.int8), 8 + (size >> 15), 0
-    states = np.frombuffer(stored, np.uint8, 5 * lanes, ANS_HEAD.size).reshape(-1, 5)
-    x = np.pad(states, ((0, 0), (0, 3))).view("<i8").ravel().astype(np.int64)
-    words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size + 5 * lanes).astype(np.int64)
-    tables = _AnsTables(ANS_SETTINGS[index], low, high, slots=True)
-    freqs, starts, slots = (a.reshape(-1) for a in (tables.freq, tables.start, tables.slots))
-
-    def code(contexts: np.ndarray, _: np.ndarray) -> np.ndarray:
-        nonlocal at
-        flat = contexts.ravel()
-        keys, places = flat * tables.n, flat << 16
-        for i in range(0, len(flat), lanes):
-            key = keys[i:i + lanes]
-            s = x[:len(key)]
-            slot = s & 65535
-            key += slots.take(places[i:i + lanes] | slot)
-            s >>= 16
-            s *= freqs.take(key)
-            s += slot - starts.take(key)
-            short = np.flatnonzero(s < 1 << 24)
-            s[short] = s[short] << 16 | words[at:at + len(short)]  # raises where they have ended
-            at += len(short)
-        tables.see(keys)
-        return (keys - flat * tables.n + low).reshape(contexts.shape)
-    _ans_pass(cube, ANS_SETTINGS[index], code)
-    _require(at == len(words) and (x == 1 << 24).all(), "ans: the integers end at another place")
+    (M, (R, C)), (index, states, least, span, x) = (len(shapes), shapes[0]), ANS_HEAD.unpack_from(stored)
+    _require(M * R * C == size and shapes.count(shapes[0]) == M and least + span <= 127
+             and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
+             "ans: sizes, setting or states do not agree")
+    cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
+    words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size).astype(np.uint16)
+    at, x = _ans_walk(cube, index, states, least, span + 1, np.zeros(0, np.uint32), words, x)
+    _require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
     return cube.tobytes()
 
 
@@ -2760,7 +2755,8 @@ def _nearest_walk(matrix: np.ndarray) -> np.ndarray:
     return order
 
 
-def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[list, bytes]:
+def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]],
+                   states: int) -> tuple[list, bytes]:
     """(group, codec, kind, arrays) -> the directory's row (start still 0), the stored bytes."""
     (group, codec, kind, arrays), rows, raw = job, [], bytearray()
     for name, array in arrays.items():
@@ -2772,7 +2768,7 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[li
         data = stored.astype(array.dtype.newbyteorder("<")).tobytes()
         rows[i] = [name, kind, array.dtype.name, array.shape, len(raw), len(data), _digest(data)]
         raw += data
-    stored = CODECS[codec][0](bytes(raw), [a.shape for a in arrays.values()])
+    stored = CODECS[codec][0](bytes(raw), [a.shape for a in arrays.values()], states)
     return [group, codec, 0, len(stored), len(raw), _digest(stored), rows], stored
 
 
@@ -2780,17 +2776,14 @@ def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
     """The arrays of one directory row; UserError (or another) if anything does not agree."""
     group, codec, _, _, size, digest, pieces = row
     _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
-    _require(sum(piece[5] for piece in pieces) == size, f"stream {group!r}: pieces of other size")
     raw = CODECS[codec][1](stored, size, [piece[3] for piece in pieces])
     arrays, order = {}, None
     _require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
     for name, kind, dtype, shape, start, length, digest in pieces:
         at, data = f"piece {name!r}", raw[start:start + length]
-        _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES, f"{at}: unknown {kind=}, {dtype=}")
         _require(len(data) == length, f"{at}: range outside its stream")
         _require(_digest(data) == digest, f"{at}: hash differs")
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
-        _require(array.size == math.prod(shape), f"{at}: shape and size do not agree")
         array = array.reshape(shape[::-1]).T if kind in ("transposed", "walked") else array
         if kind == "order":
             order = array
@@ -2809,13 +2802,13 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
     in one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
     """
     groups, best, end, codec = {"rest": {}}, {}, 0, COMPRESSORS[compressor]
+    states = int(tensors["trellis"][0]) if "trellis" in tensors else 1
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
         role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
         _require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
                  array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
         first = next(iter(groups.get(role, {}).values()), array)
-        if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape and
-                                   array.shape[-1:] <= (8192,)):
+        if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape):
             role = "rest"
         groups.setdefault(role, {})[name] = array
     jobs = [("rest", codec if codec in ("brotli", "lzma") else "brotli", "plain",
@@ -2829,7 +2822,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
-        for row, stored in pool.map(_encode_stream, jobs):
+        for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
     for row, stored in best.values():
@@ -2842,7 +2835,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
 
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
-    """(meta, [(stream's row, stored bytes)]); pieces are left to _decode_stream."""
+    """(meta, [(stream's row, stored bytes)]): what the rows say about sizes agrees with itself."""
     check_compressor("brotli", packages=("brotli",))
     _require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
     _require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
@@ -2852,11 +2845,19 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     end = base = HEADER.size + packed
     _require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
-    for group, codec, start, stored, _, _, _ in rows:
+    for group, codec, start, stored, size, _, pieces in rows:
         _require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
         _require(start == end - base and 0 <= stored <= total - end,
                  f"stream {group!r}: range outside the file, or not where the one before ends")
         end += stored
+        for name, kind, dtype, shape, _, length, _ in pieces:
+            _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
+                     f"piece {name!r}: unknown {kind=}, {dtype=}")
+            _require(all(type(n) is int and n >= 0 for n in shape) and
+                     length == math.prod(shape) * np.dtype(dtype).itemsize,
+                     f"piece {name!r}: shape and size do not agree")
+        _require(sum(piece[5] for piece in pieces) == size,
+                 f"stream {group!r}: pieces of other size")
     _require(end == total, "bytes at the end that belong to no stream")
     sizes, names = [row[4] for row in rows], [piece[0] for row in rows for piece in row[6]]
     _require(min(sizes) >= 0 and sum(sizes) <= RAW_LIMIT, "declares more bytes than are allowed")
@@ -2865,11 +2866,17 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
 
 
-def decode_artifact(blob: bytes, source: str) -> tuple[dict[str, np.ndarray], dict]:
+def decode_artifact(blob: bytes, source: str,
+                    check: Callable = lambda meta, shapes: None) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, meta) as encoded. UserError, one line that begins with `source`, for a file that is
-    damaged, truncated, of another version or foreign. Nothing in the file is executed."""
+    damaged, truncated, of another version or foreign. Nothing in the file is executed, and nothing
+    but the directory unpacked before check(meta, shapes of the tensors by name) has returned."""
     try:
         meta, streams = _read_directory(blob)
+        pieces = [piece for row, _ in streams for piece in row[6]]
+        check(meta, {name: shape for name, kind, _, shape, *_ in pieces if kind != "order"})
+        for order, of in itertools.pairwise(pieces):
+            _require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
