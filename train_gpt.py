@@ -47,7 +47,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +133,8 @@ class Config:
     # -- training
     iterations: int = setting(20000, "most steps", 1)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(0.5, "part of the budget that training leaves free", 0)
+    gptq_reserve_seconds: float = setting(-1, "part of the budget that training leaves free for "
+                                          "calibration; -1: what that is measured to take", -1)
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
@@ -157,8 +158,8 @@ class Config:
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
     # -- quantisation and artifact
-    quantiser: str = setting("uniform", "tcq: trellis-coded, its steps fill ARTIFACT_BUDGET_BYTES; "
-                             "bits and clips below are for uniform", choices=("uniform", "tcq"))
+    quantiser: str = setting("tcq", "tcq: trellis-coded, its steps fill ARTIFACT_BUDGET_BYTES; "
+                             "bits, clips and LQER below are for uniform", choices=("uniform", "tcq"))
     trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
     artifact_budget_bytes: int = setting(16_000_000, "program and artifact together, for tcq", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
@@ -2008,11 +2009,12 @@ class Hessians:
 
 
 @torch.no_grad()
-def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime) -> dict[str, Tensor]:
+def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
+              batches: int = 0) -> dict[str, Tensor]:
     """Mean Hessian a batch, by source, over GPTQ_CALIBRATION_BATCHES training batches, looped.
 
     The batches are those that training would have seen next; #1855 keeps rank 0's share only."""
-    count, hessians = model.cfg.gptq_calibration_batches, Hessians()
+    count, hessians = batches or model.cfg.gptq_calibration_batches, Hessians()
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
             model.hidden(row.ids, row.segments, looped=True, observe=hessians.observe)
@@ -2138,8 +2140,8 @@ def trellis_parities(m: Tensor, states: int) -> Tensor:
 def _viterbi(x: np.ndarray, ways: np.ndarray, k: np.ndarray) -> None:
     """Into k [L, LANES] the walks nearest to x [L, LANES], in steps; float32. ways [S, 2]: k mod 4
     on the way to a state from states s >> 1 and S / 2 + (s >> 1)."""
-    L, half, near = len(x), len(ways) >> 1, np.empty((4, LANES), np.float32)
-    cost, four, quarter = np.empty((L + 1, 2 * half, LANES), np.float32), np.float32(4), np.float32(0.25)
+    L, half, four, quarter = len(x), len(ways) >> 1, np.float32(4), np.float32(0.25)
+    near, cost = np.empty((4, LANES), np.float32), np.empty((L + 1, 2 * half, LANES), np.float32)
     cost[0], cost[0, 0] = 1e30, 0
     for r in range(L):
         for y in range(4):
@@ -2201,7 +2203,7 @@ def _trellis_feedback(W: np.ndarray, U: np.ndarray, rows: np.ndarray, cols: np.n
 @torch.no_grad()
 def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
                  block: int = 128) -> Tensor:
-    """GPTQ whose columns are walks of a trellis with steps s [rows] 2^(c [cols] / 8): symbols m, int8.
+    """GPTQ whose columns are walks of a trellis with steps s [rows] 2^(c [cols] / 8) -> symbols m.
 
     The rows of a column are independent given the columns before, so a walk down the column needs
     no decision ahead of time. Entropy coding asks for small k: for Gaussian weights of deviation
@@ -2403,7 +2405,10 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
         return blob
 
     start = water_level(spreads, units, counts, 8 * budget)
-    return fill_budget(attempt, budget, sum(counts), start)
+    blob = fill_budget(attempt, budget, sum(counts), start)
+    if budget - len(blob) > 2048:
+        log(f"trellis: {budget - len(blob)} bytes stay free: int8 symbols allow no finer steps")
+    return blob
 
 
 @torch.no_grad()
@@ -2421,7 +2426,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
             out[f"{m.name}.q"], out[f"{m.name}.s"] = gptq(
                 W, hessians[m.source], grid_for(m.role, cfg))
         errors[m.name] = W - decode_matrix(out, m.name).to(W.device)
-    if cfg.lqer_enabled:
+    if cfg.lqer_enabled and not by_trellis:  # the trellis' errors are small and without structure
         worst = sorted(errors, key=lambda name: -errors[name].norm().item())
         for name in worst[: cfg.lqer_top_k]:
             out.update({f"{name}.{k}": v for k, v in encode_lqer(errors[name], cfg).items()})
@@ -2434,55 +2439,61 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
+def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) -> None:
+    """UserError if an artifact's pieces, name -> (type, shape), are not those of this model."""
+    left, remedy = dict(pieces), "it is of another model: use the settings it was made with"
+
+    def take(name: str, dtype: str, *want: int) -> None:
+        if name not in left:
+            raise UserError(f"artifact: no piece {name}; {remedy}")
+        have = left.pop(name)
+        if (have[0], *have[1]) != (dtype, *want):
+            raise UserError(f"artifact: {name} is {have[0]} {list(have[1])}, not {dtype} "
+                            f"{list(want)}; {remedy}")
+
+    cut = {m.name: list(matrix_shape) for m in matrices(model.cfg)
+           for matrix_shape in [model.state_dict()[m.bank].shape[-2:]]}
+    banks = {m.bank for m in matrices(model.cfg)}
+    cut |= {n: list(p.shape) for n, p in model.state_dict().items() if n not in banks}
+    if "trellis" in left:
+        take("trellis", "int16", 1)
+    for name, shape in cut.items():
+        if f"{name}.q" not in left:
+            take(name, "float16", *shape)
+            continue
+        take(f"{name}.q", "int8", *shape)
+        take(f"{name}.s", "float16", shape[0])
+        if f"{name}.c" in left and "trellis" in pieces:
+            take(f"{name}.c", "int8", shape[1])
+        if any(f"{name}.lqer_{part}" in left for part in ("a", "b", "sa", "sb")):
+            rank = max(1, min([*shape, *left.get(f"{name}.lqer_a", ("", [1]))[1][-1:]]))
+            take(f"{name}.lqer_a", "int8", shape[0], rank)
+            take(f"{name}.lqer_b", "int8", rank, shape[1])
+            for part, most in (("sa", shape[0] * rank), ("sb", shape[1] * rank)):
+                count = math.prod(left.get(f"{name}.lqer_{part}", ("", [1]))[1])
+                take(f"{name}.lqer_{part}", "float16", max(1, min(count, most)))
+    if left:
+        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+
+
 @torch.no_grad()
 def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
+    check_pieces({n: (str(x.dtype)[6:], x.shape) for n, x in tensors.items()}, model)
+    if "trellis" in tensors and int(tensors["trellis"]) not in TRELLISES:
+        raise UserError("artifact: the piece trellis holds no known number of states")
 
-    left = dict(tensors)
-    remedy = "it is of another model: use the settings it was made with"
+    def weight(name: str) -> Tensor:
+        if name in tensors:
+            return tensors[name].float()
+        W, parts = decode_matrix(tensors, name), ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
+        corrected = f"{name}.lqer_a" in tensors
+        return W + decode_lqer({k: tensors[f"{name}.{k}"] for k in parts}) if corrected else W
 
-    def take(name: str, shape: list[int], needed: bool = True) -> Tensor | None:
-        piece = left.pop(name, None)
-        if piece is None and needed:
-            raise UserError(f"artifact: no piece {name}; {remedy}")
-        if piece is not None and list(piece.shape) != shape:
-            have = list(piece.shape)
-            raise UserError(f"artifact: {name} has shape {have}, not {shape}; {remedy}")
-        return piece
-
-    def weight(name: str, shape: list[int]) -> Tensor:
-        if f"{name}.q" not in left:
-            return take(name, shape).float()
-        parts = {"q": shape, "s": shape[:1], **({"c": shape[1:]} if f"{name}.c" in left else {})}
-        own = {f"{name}.{part}": take(f"{name}.{part}", size) for part, size in parts.items()}
-        W = decode_matrix({**own, "trellis": states}, name)
-        keys = ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
-        have = [left.get(f"{name}.{key}") for key in keys]
-        if all(x is None for x in have):
-            return W
-        rank = have[0].shape[-1] if have[0] is not None else 0
-        shapes = ([shape[0], rank], None, [rank, shape[1]], None)
-        piece = {
-            key: take(f"{name}.{key}", want or [x.numel() if x is not None else 0])
-            for key, want, x in zip(keys, shapes, have, strict=True)
-        }
-        return W + decode_lqer(piece)
-
-    states = left.pop("trellis", None)
-    coded = [name for name in left if name.endswith(".c")]
-    if (states is not None or coded) and (
-            states is None or states.tolist() not in [[n] for n in TRELLISES]):
-        raise UserError(f"artifact: the piece trellis does not hold a number of states; {remedy}")
-    state = {}
-    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
-    for name, p in model.state_dict().items():
-        if name in stacked:
-            rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name)
-            state[name] = torch.stack([weight(n, list(p.shape[1:])) for _, n in rows])
-        else:
-            state[name] = weight(name, list(p.shape))
-    if left:
-        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+    state, stacked = {}, {m.bank for m in matrices(model.cfg) if m.index is not None}
+    for name in model.state_dict():
+        rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name in stacked)
+        state[name] = torch.stack([weight(n) for _, n in rows]) if rows else weight(name)
     return state
 
 
@@ -2553,7 +2564,7 @@ ANS_HEAD, ANS_SCALES = struct.Struct("<BBbB5s"), 128  # setting, states, least, 
 
 @numba.njit(nogil=True)
 def _ans_predictor(cov: np.ndarray, ridge: float) -> np.ndarray:
-    """Column c's coefficients in those before it, whole numbers / 2^16 [:, c], from second moments
+    """Column c's coefficients in those before it, int16 / 2^12 [:, c], from second moments
     cov [C, C]: I - L^-1 of cov = L D L^T, by element since a BLAS would round."""
     a, C = cov.copy(), len(cov)
     for c in range(C):
@@ -2566,7 +2577,7 @@ def _ans_predictor(cov: np.ndarray, ridge: float) -> np.ndarray:
             a[i, c] = -factor  # L^-1 grows where the lower half of cov is done with
     for c in range(C):
         a[c, c:] = 0
-    return np.clip(np.rint(a.T * -65536), -2.0**30, 2.0**30)
+    return np.clip(np.rint(a.T * -4096), -16384, 16384).astype(np.int16)
 
 
 @numba.njit(nogil=True)
@@ -2593,8 +2604,8 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
     Values are in quarters: t is the distance of 4 m + 2 parity from its prediction, its variance
     the column's mean of t^2 in the rows above times the row's factor from the columns to the left.
     The fourths of the prediction and the parity choose one of four phases of a distribution."""
-    (M, R, C), (prior, left, ridge), n = cube.shape, setting, table.shape[2]
-    guess, pool, v = np.zeros(C), np.empty(C), np.empty(1)
+    (M, _, C), (prior, left, ridge), n = cube.shape, setting, table.shape[2]
+    guess, pool, v = np.zeros(C, np.int32), np.empty(C), np.empty(1)
     bits, left = v.view(np.int64), left if left > 0 else -left * C
     for r in range(span[0], span[1]):
         if r % TRELLIS_RUN == 0:
@@ -2609,9 +2620,8 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
                 v[0] = base * min(max((loud + left) / (c + left), 0.25), 4.0)
                 # exponent and three bits of the mantissa: a logarithm that no libm has a say in
                 scale = min(max((bits[0] >> 49) - (1023 << 3), 0), ANS_SCALES - 1)
-                near = min(max(np.floor(guess[c] / 65536 + 0.5), -508.0), 508.0)
-                s = state[m, c]
-                shift = np.int64(near) - 2 * trellis[0, s]
+                s, near = state[m, c], min(max((np.int64(guess[c]) + 2048) >> 12, -508), 508)
+                shift = near - 2 * trellis[0, s]
                 context = 4 * scale + (shift & 3)
                 freq, start = table[1, context], table[2, context]
                 if len(codes):
@@ -2638,15 +2648,15 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
                     totals[1, context] = totals[0, context]
                     _ans_renew(table, context, totals[0, context])
                 q = np.int64(cube[m, r, c])
-                t = 4.0 * q - shift
+                t = 4 * q - shift
                 loud += t * t / base
                 energy[m, c] += t * t
                 state[m, c] = (2 * s + ((q & 1) ^ trellis[1, s])) & (trellis.shape[1] - 1)
                 if ridge:
-                    t, later, row = t + near, guess[c + 1:], coef[c, c + 1:]
-                    seen[r, c] = t
+                    value, later, row = np.int32(t + near), guess[c + 1:], coef[c, c + 1:]
+                    seen[r, c] = value
                     for j in range(len(row)):
-                        later[j] += row[j] * t
+                        later[j] += row[j] * value
     return at, x
 
 
@@ -2682,7 +2692,7 @@ def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, cod
     for context, total in enumerate(totals[0]):
         _ans_renew(table, context, total)
     energy, state, side = np.zeros((M, C)), np.zeros((M, C), np.int64), C if setting[2] else 0
-    seen, coef, cov = np.zeros((R, side)), np.zeros((side, side)), 0
+    seen, coef, cov = np.zeros((R, side)), np.zeros((side, side), np.int16), 0
     edges = [0, 64, 128, 256, 512, *range(1024, R, 1024)] if side else [0]
     for span in itertools.pairwise([e for e in edges if e < R] + [R]):
         at, x = _ans_rows(cube, span, tuple(map(float, setting)), trellis_bits(states), least,
@@ -2721,8 +2731,9 @@ def _ans_encode(raw: bytes, shapes: Sequence[tuple[int, int]], states: int) -> b
 
 def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> bytes:
     """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
-    (M, (R, C)), (index, states, least, span, x) = (len(shapes), shapes[0]), ANS_HEAD.unpack_from(stored)
-    _require(M * R * C == size and shapes.count(shapes[0]) == M and least + span <= 127
+    M, (R, C) = len(shapes), shapes[0]
+    index, states, least, span, x = ANS_HEAD.unpack_from(stored)
+    _require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
              and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
              "ans: sizes, setting or states do not agree")
     cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
@@ -2867,14 +2878,15 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
 
 
 def decode_artifact(blob: bytes, source: str,
-                    check: Callable = lambda meta, shapes: None) -> tuple[dict[str, np.ndarray], dict]:
+                    check: Callable[[dict, dict], None] = lambda meta, pieces: None,
+                    ) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, meta) as encoded. UserError, one line that begins with `source`, for a file that is
     damaged, truncated, of another version or foreign. Nothing in the file is executed, and nothing
-    but the directory unpacked before check(meta, shapes of the tensors by name) has returned."""
+    but the directory unpacked before check(meta, {name: (type, shape)}) has returned."""
     try:
         meta, streams = _read_directory(blob)
         pieces = [piece for row, _ in streams for piece in row[6]]
-        check(meta, {name: shape for name, kind, _, shape, *_ in pieces if kind != "order"})
+        check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
             _require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -3415,11 +3427,15 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards,
     path = folder / ARTIFACT_FILE
     if not path.is_file():
         raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
-    arrays, made = decode_artifact(path.read_bytes(), str(path))
-    for name, value in cfg.architecture().items():
-        if made.get(name) != value:
-            raise UserError(f"{path}: made with {name.upper()}={made.get(name)}, the settings say "
-                            f"{value}; use the settings it was made with")
+
+    def check(made: dict, pieces: dict) -> None:
+        for name, value in cfg.architecture().items():
+            if made.get(name) != value:
+                raise UserError(f"made with {name.upper()}={made.get(name)}, the settings say "
+                                f"{value}; use the settings it was made with")
+        check_pieces(pieces, model)
+
+    arrays, _ = decode_artifact(path.read_bytes(), str(path), check)
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
@@ -3495,19 +3511,51 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 
+class SyntheticRows:
+    """A row of random ids for every step."""
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.cfg, self.rt, self.rng = cfg, rt, np.random.default_rng(cfg.seed)
+
+    def step(self, _: int) -> list[Row]:
+        ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
+        ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
+        return [make_row(ids[:-1], ids[1:], self.cfg.train_seq_len, self.rt.device)]
+
+
+def reserve(forward: Callable, model: GPT, cfg: Config, rt: Runtime) -> Config:
+    """cfg with the seconds that calibration will take, measured on synthetic ids, in
+    GPTQ_RESERVE_SECONDS where that is below 0; 10% more than measured."""
+    if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0:
+        return cfg
+    rows, clock = SyntheticRows(cfg, rt), []
+    for _ in range(2):  # the first one compiles
+        clock = [rt.seconds()]
+        hessians = calibrate(model, rows, 0, rt, batches=1)
+        clock.append(rt.seconds())
+        if cfg.quantiser == "tcq":
+            sensitivities(forward, model, rows, 0, hessians, rt)
+        clock.append(rt.seconds())
+    share = 1.1 * 8 / rt.world  # of the rows of a step
+    seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
+    seconds = rt.sync_clock(seconds)
+    rt.log(f"calibration: {seconds:.1f}s of training reserved")
+    if seconds > cfg.max_wallclock_seconds / 2:
+        raise UserError(f"calibration needs {seconds:.0f}s of MAX_WALLCLOCK_SECONDS="
+                        f"{cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
+    return replace(cfg, gptq_reserve_seconds=seconds)
+
+
 def warm_up(forward: Callable, model: GPT, optimisers: Optimisers, cfg: Config,
             rt: Runtime) -> None:
     """Compile and warm every shape on synthetic ids, then put weights and moments back."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
     started, state = rt.seconds(), {k: v.clone() for k, v in model.state_dict().items()}
-    rng, length = np.random.default_rng(cfg.seed), cfg.train_batch_tokens // 8
+    rows = SyntheticRows(cfg, rt)
     for looped in (False, True) if cfg.num_loops else (False,):
-        for _ in range(cfg.warmup_steps):
-            ids = rng.integers(BOS, cfg.vocab_size, length + 1)
-            ids[rng.random(len(ids)) < 1 / 1000] = BOS
-            row = make_row(ids[:-1], ids[1:], cfg.train_seq_len, rt.device)
-            run_step(forward, [row], looped, optimisers, 1.0, cfg.muon_momentum)
+        for step in range(cfg.warmup_steps):
+            run_step(forward, rows.step(step), looped, optimisers, 1.0, cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
@@ -3540,12 +3588,14 @@ class Watch:
 
 
 def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Config,
-          rt: Runtime) -> int:
-    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps.
+          rt: Runtime) -> tuple[int, float]:
+    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
+    the seconds that calibration has left of the budget.
 
     The loss of a step is looked at while the next one runs, so the check costs no pause."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(forward, model, optimisers, cfg, rt)
+    cfg = reserve(forward, model, cfg, rt)
     ema, batches = Ema(model, cfg.ema_decay), prefetch(rows.step, 0)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
@@ -3585,7 +3635,7 @@ def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Conf
         watch.check(result, step)
     rt.log(f"training stopped: train_time: {1000 * spent:.0f}ms step: {step}/{cfg.iterations}")
     ema.swap_in()
-    return step
+    return step, (cfg.max_wallclock_seconds or math.inf) - spent
 
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -3645,11 +3695,11 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
            f"val_bytes: {int(val.bytes[1:].sum())} data: {data_folder(cfg)}")
-    step = 0
+    step, free = 0, math.inf
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
     else:
-        step = train(model, forwards.rows, rows, val, cfg, rt)
+        step, free = train(model, forwards.rows, rows, val, cfg, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
     timed_evaluation("diagnostic pre-quantization post-ema", forwards, val, cfg, rt)
@@ -3659,7 +3709,11 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     hessians = calibrate(model, rows, step, rt)
     if cfg.quantiser == "tcq":
         noise = sensitivities(forwards.rows, model, rows, step, hessians, rt)
-    rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {rt.seconds() - started:.1f}s")
+    took = rt.seconds() - started
+    rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
+    if took > free:
+        rt.log(f"warning: training and calibration took {took - free:.1f}s more than "
+               f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
