@@ -133,7 +133,7 @@ class Config:
     # -- training
     iterations: int = setting(20000, "most steps", 1)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(-1, "part of the budget that training leaves free for "
+    gptq_reserve_seconds: float = setting(-1.0, "part of the budget that training leaves free for "
                                           "calibration; -1: what that is measured to take", -1)
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
@@ -158,8 +158,8 @@ class Config:
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
     # -- quantisation and artifact
-    quantiser: str = setting("tcq", "tcq: trellis-coded, its steps fill ARTIFACT_BUDGET_BYTES; "
-                             "bits, clips and LQER below are for uniform", choices=("uniform", "tcq"))
+    quantiser: str = setting("tcq", "tcq: trellis-coded, steps fill ARTIFACT_BUDGET_BYTES; bits, "
+                             "clips and LQER are for uniform", choices=("uniform", "tcq"))
     trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
     artifact_budget_bytes: int = setting(16_000_000, "program and artifact together, for tcq", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
@@ -2125,6 +2125,13 @@ def trellis_bits(states: int) -> np.ndarray:
     return np.array([[(s & mask).bit_count() & 1 for s in range(states)] for mask in masks])
 
 
+def trellis_ways(states: int) -> np.ndarray:
+    """[S, 2] k mod 4 on the way to each state from the states s >> 1 and S / 2 + (s >> 1)."""
+    (low, high), s = trellis_bits(states), np.arange(states)[:, None]
+    before = s // 2 + (0, states // 2)
+    return low[before] + 2 * (high[before] ^ s % 2)
+
+
 def trellis_parities(m: Tensor, states: int) -> Tensor:
     """k & 1 of every symbol m = k >> 1 [rows, cols], int64."""
     (rows, cols), (low, high) = m.shape, torch.from_numpy(trellis_bits(states)).to(m.device)
@@ -2138,8 +2145,7 @@ def trellis_parities(m: Tensor, states: int) -> Tensor:
 
 @numba.njit(nogil=True)
 def _viterbi(x: np.ndarray, ways: np.ndarray, k: np.ndarray) -> None:
-    """Into k [L, LANES] the walks nearest to x [L, LANES], in steps; float32. ways [S, 2]: k mod 4
-    on the way to a state from states s >> 1 and S / 2 + (s >> 1)."""
+    """Into k [L, LANES] the walks nearest to x [L, LANES], in steps; float32; `trellis_ways`."""
     L, half, four, quarter = len(x), len(ways) >> 1, np.float32(4), np.float32(0.25)
     near, cost = np.empty((4, LANES), np.float32), np.empty((L + 1, 2 * half, LANES), np.float32)
     cost[0], cost[0, 0] = 1e30, 0
@@ -2213,9 +2219,7 @@ def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
     rows = torch.stack([s.float(), TRELLIS_NOISE * s.float().square() / power.mean(1)])
     step = (c.float() / 8).exp2()
     cols = torch.stack([step, step.square() * power.mean() / power.mean(0)])[:, factor.order]
-    more, (low, high) = -n % (LANES * TRELLIS_RUN), trellis_bits(states)
-    before = np.arange(states)[:, None] // 2 + (0, states // 2)
-    ways = low[before] + 2 * (high[before] ^ np.arange(states)[:, None] % 2)
+    more, ways = -n % (LANES * TRELLIS_RUN), trellis_ways(states)
     W = F.pad(W.float().masked_fill(factor.dead, 0)[:, factor.order], (0, 0, 0, more))
     rows = F.pad(rows, (0, more), value=1.0).view(2, -1, TRELLIS_RUN)
     W = W.view(-1, TRELLIS_RUN, width)
@@ -2455,7 +2459,7 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
            for matrix_shape in [model.state_dict()[m.bank].shape[-2:]]}
     banks = {m.bank for m in matrices(model.cfg)}
     cut |= {n: list(p.shape) for n, p in model.state_dict().items() if n not in banks}
-    if "trellis" in left:
+    if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
     for name, shape in cut.items():
         if f"{name}.q" not in left:
@@ -2463,7 +2467,7 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
             continue
         take(f"{name}.q", "int8", *shape)
         take(f"{name}.s", "float16", shape[0])
-        if f"{name}.c" in left and "trellis" in pieces:
+        if f"{name}.c" in left:
             take(f"{name}.c", "int8", shape[1])
         if any(f"{name}.lqer_{part}" in left for part in ("a", "b", "sa", "sb")):
             rank = max(1, min([*shape, *left.get(f"{name}.lqer_a", ("", [1]))[1][-1:]]))
@@ -2856,6 +2860,9 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     end = base = HEADER.size + packed
     _require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
+    sizes = [row[4] for row in rows]
+    _require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
+             "declares more bytes than are allowed")
     for group, codec, start, stored, size, _, pieces in rows:
         _require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
         _require(start == end - base and 0 <= stored <= total - end,
@@ -2870,8 +2877,7 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
         _require(sum(piece[5] for piece in pieces) == size,
                  f"stream {group!r}: pieces of other size")
     _require(end == total, "bytes at the end that belong to no stream")
-    sizes, names = [row[4] for row in rows], [piece[0] for row in rows for piece in row[6]]
-    _require(min(sizes) >= 0 and sum(sizes) <= RAW_LIMIT, "declares more bytes than are allowed")
+    names = [piece[0] for row in rows for piece in row[6]]
     _require(len(set(names)) == len(names), "two pieces have the same name")
     _require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
@@ -3518,6 +3524,7 @@ class SyntheticRows:
         self.cfg, self.rt, self.rng = cfg, rt, np.random.default_rng(cfg.seed)
 
     def step(self, _: int) -> list[Row]:
+        """One row [1/8 of a step's tokens] on the device."""
         ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
         ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
         return [make_row(ids[:-1], ids[1:], self.cfg.train_seq_len, self.rt.device)]

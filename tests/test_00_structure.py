@@ -17,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,950: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,001: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 300), 2: ("Runtime", 152), 3: ("Kernels", 512),
+    0: ("Header", 67), 1: ("Config", 301), 2: ("Runtime", 152), 3: ("Kernels", 512),
     4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 203), 7: ("Data", 240),
-    8: ("Quantisation", 508), 9: ("Artifact", 420), 10: ("Evaluation", 122),
-    11: ("Test-time training", 392), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 182),
-    15: ("Main", 155),
+    8: ("Quantisation", 511), 9: ("Artifact", 436), 10: ("Evaluation", 122),
+    11: ("Test-time training", 396), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 217),
+    15: ("Main", 159),
 }
-MOST_LINES = 3950
+MOST_LINES = 4001
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -168,14 +168,14 @@ def test_presets_are_known(path):
 
 
 def test_pr1855_is_the_default():
-    """But for the entropy coder: the same weights in fewer bytes."""
-    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(t.Config(),
-                                                                    compressor="pergroup")
+    """But for how weights are packed, and for the reserve, which is measured."""
+    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(
+        t.Config(), compressor="pergroup", quantiser="uniform", gptq_reserve_seconds=0.5)
 
 
 IMPORT = """
 import os, sys, collections
-import numpy, torch, brotli
+import numpy, numba, torch, brotli
 try:
     import triton, triton.language, triton.tools.tensor_descriptor
 except ImportError:
