@@ -2132,15 +2132,16 @@ def trellis_ways(states: int) -> np.ndarray:
     return low[before] + 2 * (high[before] ^ s % 2)
 
 
-def trellis_parities(m: Tensor, states: int) -> Tensor:
-    """k & 1 of every symbol m = k >> 1 [rows, cols], int64."""
-    (rows, cols), (low, high) = m.shape, torch.from_numpy(trellis_bits(states)).to(m.device)
-    runs = F.pad(m, (0, 0, 0, -rows % TRELLIS_RUN)).long().view(-1, TRELLIS_RUN, cols)
-    state, out = torch.zeros_like(runs[:, 0]), torch.empty_like(runs)
-    for r in range(TRELLIS_RUN):
-        out[:, r] = low[state]
-        state = (2 * state + ((runs[:, r] & 1) ^ high[state])) % states
-    return out.view(-1, cols)[:rows]
+@numba.njit(nogil=True)
+def trellis_walk(m: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """k [rows, cols] int16 of the symbols m = k >> 1 int8; bits: `trellis_bits`."""
+    state, k = np.zeros(m.shape[1], np.int64), np.empty(m.shape, np.int16)
+    for r in range(len(m)):
+        for c in range(m.shape[1]):
+            s = state[c] if r % TRELLIS_RUN else 0
+            k[r, c] = 2 * m[r, c] + bits[0, s]
+            state[c] = (2 * s + ((m[r, c] & 1) ^ bits[1, s])) % bits.shape[1]
+    return k
 
 
 @numba.njit(nogil=True)
@@ -2238,7 +2239,7 @@ def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
     """k s 2^(c/8), float32 [rows, cols]."""
-    k = 2 * m.float() + trellis_parities(m, states)
+    k = torch.from_numpy(trellis_walk(m.cpu().numpy(), trellis_bits(states))).to(m.device)
     return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
@@ -2429,7 +2430,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
         if not by_trellis:
             out[f"{m.name}.q"], out[f"{m.name}.s"] = gptq(
                 W, hessians[m.source], grid_for(m.role, cfg))
-        errors[m.name] = W - decode_matrix(out, m.name).to(W.device)
+            errors[m.name] = W - decode_matrix(out, m.name)
     if cfg.lqer_enabled and not by_trellis:  # the trellis' errors are small and without structure
         worst = sorted(errors, key=lambda name: -errors[name].norm().item())
         for name in worst[: cfg.lqer_top_k]:
@@ -2627,6 +2628,9 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
                 s, near = state[m, c], min(max((np.int64(guess[c]) + 2048) >> 12, -508), 508)
                 shift = near - 2 * trellis[0, s]
                 context = 4 * scale + (shift & 3)
+                if totals[0, context] > totals[1, context] + (totals[1, context] >> 3):
+                    totals[1, context] = totals[0, context]
+                    _ans_renew(table, context, totals[0, context])
                 freq, start = table[1, context], table[2, context]
                 if len(codes):
                     k = (cube[m, r, c] - (shift >> 2) - least) % n
@@ -2648,9 +2652,6 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
                     cube[m, r, c] = (k + (shift >> 2)) % n + least
                 table[0, context, k] += 64
                 totals[0, context] += 64
-                if totals[0, context] > totals[1, context] + (totals[1, context] >> 3):
-                    totals[1, context] = totals[0, context]
-                    _ans_renew(table, context, totals[0, context])
                 q = np.int64(cube[m, r, c])
                 t = 4 * q - shift
                 loud += t * t / base
@@ -2692,9 +2693,7 @@ def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, cod
     w = np.rint(w * 2.0**30).astype(np.int64).reshape(-1, n)
     table, totals = np.zeros((3, *w.shape), np.int64), np.zeros((2, len(w)), np.int64)
     table[0] = (w << 16) // np.maximum(w.sum(1, keepdims=True), 1)
-    totals[:] = table[0].sum(1) + 1
-    for context, total in enumerate(totals[0]):
-        _ans_renew(table, context, total)
+    totals[0] = table[0].sum(1) + 1
     energy, state, side = np.zeros((M, C)), np.zeros((M, C), np.int64), C if setting[2] else 0
     seen, coef, cov = np.zeros((R, side)), np.zeros((side, side), np.int16), 0
     edges = [0, 64, 128, 256, 512, *range(1024, R, 1024)] if side else [0]
@@ -2898,10 +2897,10 @@ def decode_artifact(blob: bytes, source: str,
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}"[:400]) from error
     except Exception as error:  # decompressors, JSON and rows of another form raise many types
         text = " ".join(str(error).split())
-        raise UserError(f"{source}: unreadable: {type(error).__name__}: {text}") from error
+        raise UserError(f"{source}: unreadable: {type(error).__name__}: {text}"[:400]) from error
     return {name: array for part in parts for name, array in part.items()}, meta
 
 

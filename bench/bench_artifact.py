@@ -4,7 +4,9 @@ FILE is an artifact (final_model.int6.ptz) or a final_model.pt; the latter is ro
 (no calibration), with the shapes of the program's environment variables. Without a FILE: a model of
 the full size made up of Gaussian weights, whose columns have log-normal scales (deviation 0.08,
 half of its square common to all layers), rows of log-normal scale 0.3, an embedding with a spectrum
-of power -1/2, all put through §8's GPTQ with made-up Hessians (half a minute; --save FILE.npz).
+of power -1/2, all put through §8's GPTQ with made-up Hessians (half a minute; --save FILE.npz),
+on the uniform grid or, with QUANTISER=tcq, as walks of a trellis with steps of about a quarter of a
+deviation (then the order-0 bound is that of the symbols without their contexts).
 
 Each compressor runs in a process of its own: total bytes, bytes of the matrices alone, their share
 above or below the order-0 bound (entropy of the integers' histogram, by role), seconds to write and
@@ -40,7 +42,7 @@ def hessian(n: int, rng: np.random.Generator) -> torch.Tensor:
 
 def synthetic(cfg: t.Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Quantised matrices and their steps, of the model that cfg describes."""
-    rng, shared, out = np.random.default_rng(seed), {}, {}
+    rng, shared, out, factors, seconds = np.random.default_rng(seed), {}, {}, {}, 0.0
     state = t.GPT(cfg, None).state_dict()
     hessians = {}
     for m in t.matrices(cfg):
@@ -54,8 +56,20 @@ def synthetic(cfg: t.Config, seed: int = 0) -> dict[str, np.ndarray]:
             W = W * np.exp(common + rng.normal(0, 0.056, C))
         if C not in hessians:
             hessians[C] = hessian(C, rng)
-        q, s = t.gptq(torch.from_numpy(W).float(), hessians[C], t.grid_for(m.role, cfg))
-        out[f"{m.name}.q"], out[f"{m.name}.s"] = q.numpy(), s.numpy()
+        W = torch.from_numpy(W).float()
+        if cfg.quantiser == "uniform":
+            q, s = t.gptq(W, hessians[C], t.grid_for(m.role, cfg))
+            out[f"{m.name}.q"], out[f"{m.name}.s"] = q.numpy(), s.numpy()
+            continue
+        factor, fine = factors.setdefault(C, t.factorise(hessians[C])), m.role == "embedding"
+        s, c = t.trellis_steps(W, factor, W.std().item() * (0.12 if fine else 0.235))
+        started = time.perf_counter()
+        q = t.gptq_trellis(W, factor, s, c, cfg.trellis_states)
+        seconds += time.perf_counter() - started
+        out |= {f"{m.name}.q": q.numpy(), f"{m.name}.s": s.numpy(), f"{m.name}.c": c.numpy()}
+    if cfg.quantiser == "tcq":
+        out["trellis"] = np.array([cfg.trellis_states], np.int16)
+        print(f"trellis: {seconds:.1f} s in one thread for all matrices")
     return out
 
 

@@ -343,6 +343,11 @@ def nearest(x, states):
     return torch.from_numpy(k)[:, :x.shape[1]].T
 
 
+def walk(m, states):
+    """k of symbols m."""
+    return torch.from_numpy(t.trellis_walk(m.numpy(), t.trellis_bits(states))).int()
+
+
 def entropy(*samples) -> float:
     """Bits in all, each sample under its own ideal distribution."""
     counts = [torch.unique(x, return_counts=True)[1].double() for x in samples if x.numel()]
@@ -374,7 +379,7 @@ def test_viterbi_is_exhaustive_search(states):
     k = nearest(x, states)
     torch.testing.assert_close((x - k).square().sum(1), best)
     m = (k.T / 2).floor().to(torch.int8)
-    assert torch.equal(2 * m.int() + t.trellis_parities(m, states), k.T)  # it can be followed
+    assert torch.equal(walk(m, states), k.T)  # it can be followed
 
 
 @pytest.mark.parametrize("states", t.TRELLISES)
@@ -382,7 +387,7 @@ def test_viterbi_is_exhaustive_search(states):
 def test_any_symbols_decode_and_contexts_follow(states, rows):
     g = torch.Generator().manual_seed(rows)
     m = torch.randint(-128, 128, (rows, 5), generator=g).to(torch.int8)
-    parity, (low, high) = t.trellis_parities(m, states), t.TRELLISES[states]
+    parity, (low, high) = walk(m, states) % 2, t.TRELLISES[states]
     for column in range(5):
         state = 0
         for r in range(rows):
@@ -429,7 +434,7 @@ def test_trellis_with_feedback_is_brute_force():
         inverse = inverse - inverse[:, c, None] * inverse[c] / inverse[c, c]
         inverse[c, :] = inverse[:, c] = 0
     want = weighted(K * d - W, H)
-    assert (2 * m.int() + t.trellis_parities(m, 8) != K).double().mean() < 0.01
+    assert (walk(m, 8) != K).double().mean() < 0.01
     assert weighted(decoded(part, m) - W, H) == pytest.approx(want, rel=0.01)
 
 
@@ -440,7 +445,7 @@ def test_trellis_beats_the_uniform_grid_at_its_rate():
     step = W.square().mean().sqrt().item() * 0.235
     part = W, t.factorise(H), torch.full((256,), step).half(), torch.zeros(96, dtype=torch.int8)
     m = t.gptq_trellis(*part, 32)
-    even = t.trellis_parities(m, 32) == 0
+    even = walk(m, 32) % 2 == 0
     bits = entropy(m[even], m[~even]) / m.numel(), entropy(q) / q.numel()
     errors = [weighted(V - W, H) for V in (decoded(part, m, 32), t.decode_gptq(q, s))]
     gain = bits[1] - bits[0] + 0.5 * math.log2(errors[1] / errors[0])
