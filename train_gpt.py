@@ -3532,8 +3532,8 @@ class SyntheticRows:
 def reserve(forward: Callable, model: GPT, cfg: Config, rt: Runtime) -> Config:
     """cfg with the seconds that calibration will take, measured on synthetic ids, in
     GPTQ_RESERVE_SECONDS where that is below 0; 10% more than measured."""
-    if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0:
-        return cfg
+    if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0 or cfg.prequant_only:
+        return replace(cfg, gptq_reserve_seconds=max(0.0, cfg.gptq_reserve_seconds))
     rows, clock = SyntheticRows(cfg, rt), []
     for _ in range(2):  # the first one compiles
         clock = [rt.seconds()]
