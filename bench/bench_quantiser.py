@@ -29,7 +29,7 @@ def entropy(*samples) -> float:
 
 
 def gaussian(step=0.235, count=160 * 128):
-    """The issue's table, and walks that begin again every TRELLIS_RUN samples."""
+    """One Gaussian, and walks that begin again every TRELLIS_RUN samples."""
     x = torch.randn(count, generator=torch.Generator().manual_seed(0))
 
     def line(name, value, bits):
@@ -44,7 +44,7 @@ def gaussian(step=0.235, count=160 * 128):
     for states in t.TRELLISES:
         for run in (t.TRELLIS_RUN, count):
             x_steps = x / (1 + t.TRELLIS_NOISE * step**2) / step
-            k = t.Trellis.of(states, x.device).nearest(x_steps.view(-1, run)).flatten()
+            k = nearest(x_steps.view(-1, run), states).flatten()
             name = f"trellis, {states} states, step {step}, {'runs' if run < count else 'one run'}"
             line(name, k * step, entropy(k[k % 2 == 0], k[k % 2 != 0]))
 
@@ -59,20 +59,29 @@ def ideal_bits(k, width):
     return -p.clamp_min(1e-9).log2().sum().item() + side
 
 
-def scalar(part, entropy_coded):
-    """GPTQ on a uniform grid with a trellis part's steps: k."""
-    order = part.factor.order
-    d = (part.s.float()[:, None] * (part.c.float() / 8).exp2())[:, order]
-    power = part.W.square()
+def nearest(x, states):
+    """The walks of a trellis nearest to x [runs, L]: k [runs, L]."""
+    columns = torch.nn.functional.pad(x.T, (0, -len(x) % t.LANES)).numpy()
+    k = torch.empty(columns.shape).numpy()
+    for i in range(0, columns.shape[1], t.LANES):
+        part = columns[:, i : i + t.LANES].copy()
+        t._viterbi(columns[:, i : i + t.LANES].copy(), t.trellis_ways(states), part)
+        k[:, i : i + t.LANES] = part
+    return torch.from_numpy(k)[:, : len(x)].T
+
+
+def scalar(W, factor, s, c, entropy_coded):
+    """GPTQ on a uniform grid with a trellis' steps: k."""
+    order = factor.order
+    d = (s.float()[:, None] * (c.float() / 8).exp2())[:, order]
+    power = W.square()
     sigma2 = power.mean(1, keepdim=True) * power.mean(0)[order] / power.mean()
     shrink = 1 / (1 + entropy_coded * d.square() / 12 / sigma2)
-    K = torch.empty_like(d)
-
-    def quantise_column(w, c):
-        K[:, c] = (w * shrink[:, c] / d[:, c]).round()
-        return K[:, c] * d[:, c]
-
-    t.feed_back([(part.W, part.factor)], quantise_column)
+    K, left = torch.empty_like(d), W.masked_fill(factor.dead, 0)[:, order]
+    for i in range(W.shape[1]):
+        K[:, i] = (left[:, i] * shrink[:, i] / d[:, i]).round()
+        error = (left[:, i] - K[:, i] * d[:, i]) / factor.U[i, i]
+        left[:, i:] -= error[:, None] * factor.U[i, i:]
     return K[:, order.argsort()]
 
 
@@ -116,26 +125,21 @@ class Study:
 
     def quantise(self, kind, unit, level, columns=True):
         """(decoded matrices, ideal bits of each)"""
-        parts, out, bits = {}, {}, {}
-        for m in self.found:
+        out, bits = {}, {}
+        for m, W in self.weights.items():
             factor = self.factors[m.source]
-            s, c = t.trellis_steps(self.weights[m], factor, 2**level * unit(m))
+            s, c = t.trellis_steps(W, factor, 2**level * unit(m))
             if not columns:
                 s, c = torch.full_like(s, 2**level * unit(m)), torch.zeros_like(c)
-            parts[m] = t.TrellisPart(self.weights[m], factor, s, c)
-        for width in sorted({part.W.shape[1] for part in parts.values()}):
-            group = {m: part for m, part in parts.items() if part.W.shape[1] == width}
             if isinstance(kind, str):
-                for m, part in group.items():
-                    k = scalar(part, kind == "ECSQ")
-                    steps = part.s.float()[:, None] * (part.c.float() / 8).exp2()
-                    out[m], bits[m] = k * steps, ideal_bits(k, 1)
+                k = scalar(W, factor, s, c, kind == "ECSQ")
+                out[m] = k * s.float()[:, None] * (c.float() / 8).exp2()
+                bits[m] = ideal_bits(k, 1)
                 continue
-            for (m, p), q in zip(group.items(), t.gptq_trellis([*group.values()], kind),
-                                 strict=True):
-                out[m] = t.decode_trellis(q, p.s, p.c, kind)
-                k = 2 * q.int() + t.Trellis.of(kind, q.device).parities(q)
-                bits[m] = ideal_bits(k, 2)
+            q = t.gptq_trellis(W, factor, s, c, kind)
+            out[m] = t.decode_trellis(q, s, c, kind)
+            k = torch.from_numpy(t.trellis_walk(q.numpy(), t.trellis_bits(kind)))
+            bits[m] = ideal_bits(k, 2)
         return out, bits
 
     def uniform(self, feedback=True):
