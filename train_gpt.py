@@ -2357,7 +2357,7 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
         last = level, len(blob)
         level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
     if not best:
-        raise UserError(f"ARTIFACT_BUDGET_BYTES: nothing fits {budget} bytes less the program's")
+        raise UserError(f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
     return best
 
 
@@ -2425,13 +2425,11 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     NAME.q and NAME.s; everything else NAME in float16. by_trellis: of `quantise_trellis`."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors = dict(by_trellis or {}), {}
-    for m in matrices(cfg):
+    for m in () if by_trellis else matrices(cfg):  # LQER gains nothing after a trellis
         W = matrix_of(state, m)
-        if not by_trellis:
-            out[f"{m.name}.q"], out[f"{m.name}.s"] = gptq(
-                W, hessians[m.source], grid_for(m.role, cfg))
-            errors[m.name] = W - decode_matrix(out, m.name)
-    if cfg.lqer_enabled and not by_trellis:  # the trellis' errors are small and without structure
+        q, s = gptq(W, hessians[m.source], grid_for(m.role, cfg))
+        out[f"{m.name}.q"], out[f"{m.name}.s"], errors[m.name] = q, s, W - decode_gptq(q, s)
+    if cfg.lqer_enabled:
         worst = sorted(errors, key=lambda name: -errors[name].norm().item())
         for name in worst[: cfg.lqer_top_k]:
             out.update({f"{name}.{k}": v for k, v in encode_lqer(errors[name], cfg).items()})
@@ -2456,15 +2454,15 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
             raise UserError(f"artifact: {name} is {have[0]} {list(have[1])}, not {dtype} "
                             f"{list(want)}; {remedy}")
 
-    cut = {m.name: list(matrix_shape) for m in matrices(model.cfg)
-           for matrix_shape in [model.state_dict()[m.bank].shape[-2:]]}
-    banks = {m.bank for m in matrices(model.cfg)}
-    cut |= {n: list(p.shape) for n, p in model.state_dict().items() if n not in banks}
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
+    shapes |= {m.name: shapes[m.bank][-2:] for m in matrices(model.cfg)}
+    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
     if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
-    for name, shape in cut.items():
+    for name, shape in shapes.items():
         if f"{name}.q" not in left:
-            take(name, "float16", *shape)
+            if name not in stacked:
+                take(name, "float16", *shape)
             continue
         take(f"{name}.q", "int8", *shape)
         take(f"{name}.s", "float16", shape[0])
