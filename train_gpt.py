@@ -2068,8 +2068,6 @@ def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.d
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
     ids_, targets_, cu = (x.to(device, non_blocking=True) for x in parts)
-    if device.type == "cuda":
-        torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
     return Row(ids_[None], targets_[None], Segments(cu, min(longest, len(ids))))
 
 
@@ -3704,11 +3702,30 @@ def row_gradients(forward: Callable, row: Row, looped: bool,
     return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
 
 
+MICRO_BATCH = 98304  # tokens: a row on 8 GPUs, more than one on fewer; bounds the memory
+
+
+def batched(rows: list[Row]) -> list[Row]:
+    """Rows of equal length side by side, a power of 2 of them, in batches of MICRO_BATCH tokens."""
+    length, count = rows[0].ids.shape[1], 1
+    while 2 * count * length <= MICRO_BATCH and len(rows) % (2 * count) == 0:
+        count *= 2
+    found = []
+    for group in zip(*[iter(rows)] * count, strict=True):
+        cu = torch.cat([row.segments.cu + i * length for i, row in enumerate(group)])
+        if cu.is_cuda:
+            torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
+        ids, targets = (torch.cat(x) for x in zip(*(row[:2] for row in group), strict=True))
+        found.append(Row(ids, targets, Segments(cu, max(r.segments.max_len for r in group))))
+    return found
+
+
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
              momentum: float) -> Tensor:
     """Forward and backward of this rank's rows, then one update.
 
     Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
+    rows = batched(rows)
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
         loss, *part = row_gradients(forward, row, looped, optimisers)
