@@ -17,22 +17,22 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,998: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,207: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 67), 1: ("Config", 301), 2: ("Runtime", 152), 3: ("Kernels", 512),
-    4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 203), 7: ("Data", 240),
-    8: ("Quantisation", 510), 9: ("Artifact", 434), 10: ("Evaluation", 122),
-    11: ("Test-time training", 396), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 217),
+    0: ("Header", 67), 1: ("Config", 301), 2: ("Runtime", 152), 3: ("Kernels", 709),
+    4: ("Attention", 137), 5: ("Model", 398), 6: ("Optimisers", 216), 7: ("Data", 240),
+    8: ("Quantisation", 510), 9: ("Artifact", 434), 10: ("Evaluation", 106),
+    11: ("Test-time training", 395), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 215),
     15: ("Main", 159),
 }
-MOST_LINES = 3998
+MOST_LINES = 4207
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
-    "mix_lanes", "update", "load_train", "row", "decode_gptq",
-    "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
+    "update", "load_train", "row", "decode_gptq",
+    "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "keep",
     "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }
 
@@ -104,7 +104,7 @@ def test_functions_are_short():
 def test_public_names_have_docstrings():
     bare = {node.name for node, inside in definitions()
             if not inside and not node.name.startswith("_") and not ast.get_docstring(node)}
-    methods = {"forward", "__init__"}
+    methods = {"forward", "backward", "__init__"}
     assert bare - methods - NO_DOCSTRING == set()
 
 

@@ -539,7 +539,7 @@ def test_sensitivity_tells_what_noise_costs():
     cfg = tiny()
     model, rows = busy_model(cfg), Rows()
     hessians = t.calibrate(model, rows, 0, runtime())
-    found = t.sensitivities(model, model, rows, 0, hessians, runtime())
+    found = t.sensitivities(model, rows, 0, hessians, runtime())
     assert found.keys() == {m.name for m in t.matrices(cfg)}
     state = {name: x.clone() for name, x in model.state_dict().items()}
 
@@ -567,7 +567,7 @@ def test_trellis_state_dict_round_trip(changes):
     cfg = tiny(quantiser="tcq", **changes)
     model, state, fitted = busy_model(cfg), None, []
     hessians = t.calibrate(model, Rows(), 0, runtime())
-    noise = t.sensitivities(model, model, Rows(), 0, hessians, runtime())
+    noise = t.sensitivities(model, Rows(), 0, hessians, runtime())
     state = model.state_dict()
 
     def encode(by_trellis):

@@ -28,7 +28,7 @@ def nothing(count):
 
 
 def score(model, val, cfg, **options):
-    return t.score_phased(t.Forwards(model, model), model, val, cfg, runtime(),
+    return t.score_phased(model, val, cfg, runtime(),
                           options.pop("init", cosine_start))
 
 
@@ -304,7 +304,7 @@ def test_a_phase_is_one_pass_of_sgd_over_all_weights():
     val = val_set(LENGTHS)
     docs = documents_of(val)[2:]
     ours, twin = busy_model(cfg), busy_model(cfg)
-    steps = t.train_globally(ours, ours, docs, val, cfg, runtime())
+    steps = t.train_globally(ours, docs, val, cfg, runtime())
     assert steps == sgd(twin, val, docs, cfg) == 6
     start = busy_model(cfg)
     for (n, p), q, r in zip(ours.named_parameters(), twin.parameters(), start.parameters(),
@@ -343,7 +343,7 @@ def test_document_borders_in_a_phase_can_be_ignored(monkeypatch):
     val = val_set(LENGTHS)
     for respect in (True, False):
         model = busy_model(cfg)
-        t.train_globally(model, model, documents_of(val),
+        t.train_globally(model, documents_of(val),
                          val, replace(cfg, global_ttt_respect_doc_boundaries=respect), runtime())
     half = len(seen) // 2
     apart = [len(set(row.segments.cu.tolist())) for row in seen]

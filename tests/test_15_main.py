@@ -125,7 +125,7 @@ def test_weights_and_program_fill_the_budget(tmp_path, budget):
     rt.log = lines.append
     rows = t.SyntheticRows(cfg, rt)
     hessians = t.calibrate(model, rows, 0, rt, batches=2)
-    noise = t.sensitivities(model, model, rows, 0, hessians, rt)
+    noise = t.sensitivities(model, rows, 0, hessians, rt)
     t.pack(cfg, rt, model, hessians, noise, tmp_path)
     total = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert budget - 2048 <= total <= budget, lines
