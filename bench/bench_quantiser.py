@@ -96,8 +96,7 @@ class Study:
         t.load_state(self.model, Path(folder) / t.MODEL_FILE)
         rows, self.val = t.load_train(cfg, self.rt), t.load_val(cfg)
         self.hessians = t.calibrate(self.model, rows, cfg.iterations, self.rt)
-        self.noise = t.sensitivities(self.model, rows, cfg.iterations, self.hessians,
-                                     self.rt)
+        self.noise = t.sensitivities(self.model, rows, cfg.iterations, self.hessians, self.rt)
         self.state = {name: x.clone() for name, x in self.model.state_dict().items()}
         self.factors = {name: t.factorise(H) for name, H in self.hessians.items()}
         self.found = t.matrices(cfg)
