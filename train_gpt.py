@@ -3702,13 +3702,14 @@ def row_gradients(forward: Callable, row: Row, looped: bool,
     return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
 
 
-MICRO_BATCH = 98304  # tokens: a row on 8 GPUs, more than one on fewer; bounds the memory
+MICRO_BATCH = 98304  # tokens of a forward on a GPU; on a CPU a row, so that sums are rounded alike
+# in any world size
 
 
-def batched(rows: list[Row]) -> list[Row]:
-    """Rows of equal length side by side, a power of 2 of them, in batches of MICRO_BATCH tokens."""
+def batched(rows: list[Row], most: int) -> list[Row]:
+    """Rows of equal length side by side, a power of 2 of them, at most `most` tokens together."""
     length, count = rows[0].ids.shape[1], 1
-    while 2 * count * length <= MICRO_BATCH and len(rows) % (2 * count) == 0:
+    while 2 * count * length <= most and len(rows) % (2 * count) == 0:
         count *= 2
     found = []
     for group in zip(*[iter(rows)] * count, strict=True):
@@ -3725,7 +3726,7 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     """Forward and backward of this rank's rows, then one update.
 
     Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
-    rows = batched(rows)
+    rows = batched(rows, MICRO_BATCH if rows[0].ids.is_cuda else 0)
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
         loss, *part = row_gradients(forward, row, looped, optimisers)

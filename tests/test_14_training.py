@@ -276,3 +276,16 @@ def test_micro_batches_add_up_to_the_mean():
     assert math.isclose(loss, want.item(), rel_tol=1e-6) and norm == 3.0
     for g, p in zip(seen, model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_side_by_side_are_the_same_rows():
+    from tests.tools import documents, row_of
+
+    rows = [row_of(documents([40, 22], seed=s)) for s in range(4)]
+    model, tokens = busy_model(tiny()), rows[0].ids.shape[1]
+    for most, count in ((0, 4), (3 * tokens, 2), (4 * tokens, 1), (99 * tokens, 1)):
+        together = t.batched(rows, most)
+        assert len(together) == count
+        losses = torch.cat([model(r.ids, r.targets, r.segments, True) for r in together])
+        alone = torch.cat([model(r.ids, r.targets, r.segments, True) for r in rows])
+        torch.testing.assert_close(losses, alone)
