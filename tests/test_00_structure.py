@@ -16,16 +16,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,434: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,600: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 512),
+    0: ("Header", 68), 1: ("Config", 298), 2: ("Runtime", 159), 3: ("Kernels", 512),
     4: ("Attention", 137), 5: ("Model", 380), 6: ("Optimisers", 203), 7: ("Data", 240),
-    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 122),
-    11: ("Test-time training", 392), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 182),
-    15: ("Main", 143),
+    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 123),
+    11: ("Test-time training", 409), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 191),
+    15: ("Main", 215),
 }
-MOST_LINES = 3434
+MOST_LINES = 3600
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
