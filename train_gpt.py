@@ -3299,9 +3299,10 @@ def process_age() -> float:
     return 0.0
 
 
-def run(environ: Mapping[str, str], started: float, audit: bool = False) -> None:
-    """The whole program for one process, which began at `started`; or only the legality audit of
-    an artifact that is there."""
+def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> None:
+    """The whole program for one process, which began `age` seconds ago; or only the legality audit
+    of an artifact that is there."""
+    started = time.perf_counter() - age
     cfg = Config.from_env(environ, Path(__file__).parent)
     if audit:
         cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
@@ -3356,7 +3357,7 @@ def main(age: float = 0.0) -> int:
     try:
         if sys.argv[1:] not in ([], ["audit"]):
             raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
-        run(os.environ, time.perf_counter() - age, audit=len(sys.argv) > 1)
+        run(os.environ, age, audit=len(sys.argv) > 1)
     except UserError as error:
         if is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
