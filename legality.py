@@ -269,11 +269,11 @@ def patched_method(owner: type, name: str, function: Callable) -> Iterator[None]
 
 def sample_of(val: t.ValSet, cfg: t.Config) -> t.ValSet:
     """The beginnings of DOCUMENTS documents spread over the real validation set."""
-    length, parts = int(CHUNKS * cfg.ttt_chunk_size), []
+    length, parts = int(CHUNKS * cfg.ttt_chunk_size) + DOCUMENTS, []
     documents = val.documents()
     step = max(1, len(documents) // DOCUMENTS)
     for n, (begin, end) in enumerate(documents[::step][:DOCUMENTS]):
-        parts.append(np.arange(begin, min(end - 1, begin + length - 3 * n)))
+        parts.append(np.arange(begin, min(end - 1, begin + length - n)))
     if len(parts) < 2:
         raise t.UserError("audit: the validation set has fewer than 2 documents; add documents")
     at = np.concatenate(parts)

@@ -202,8 +202,8 @@ class Scoring:
         if not self.state:
             return
         state, meter = self.state, self.meter
-        for mine, saved in zip((meter.nats, meter.tokens, meter.bytes), state["meter"],
-                               strict=True):
+        sums = meter.nats, meter.tokens, meter.bytes, meter.lengths
+        for mine, saved in zip(sums, state["meter"], strict=True):
             mine.copy_(saved)
         for name, A in state["A"].items():
             adapter.lora.A[name].copy_(A)
@@ -227,7 +227,8 @@ class Scoring:
             "at": list(at), "seconds": seconds, "done": self.advance.done,
             "A": cpu(dict(adapter.lora.A)) if adapter else {},
             "model": cpu(self.model.state_dict()) if at[0] else {},
-            "meter": cpu([self.meter.nats, self.meter.tokens, self.meter.bytes]),
+            "meter": cpu([self.meter.nats, self.meter.tokens, self.meter.bytes,
+                          self.meter.lengths]),
             "rng": self.generator.get_state()})
         self.path(at[0] - 2).unlink(missing_ok=True)
         keeper.stop_if_told(f"before batch {at[1]} of round {at[0]} of the scoring")

@@ -2501,12 +2501,18 @@ class Meter:
         self.rt = rt
         kind = torch.float64
         self.nats, self.tokens, self.bytes = torch.zeros(3, dtype=kind, device=rt.device).unbind()
+        self.lengths = torch.zeros(32, 3, dtype=kind, device=rt.device)  # the sums by `file_under`
 
     def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
         """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
         self.nats += torch.where(mask, losses.detach(), 0.0).sum(dtype=torch.float64)
         self.bytes += (sizes * mask).sum()
         self.tokens += mask.sum()
+
+    def file_under(self, targets: int) -> None:
+        """What came since the last call is of documents of at most about so many targets."""
+        sums = torch.stack((self.nats, self.tokens, self.bytes))
+        self.lengths[targets.bit_length()] += sums - self.lengths.sum(0)
 
     def result(self, everywhere: bool = True) -> "Score":
         """Over all ranks (a collective call), or of this rank so far."""
@@ -2925,6 +2931,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
                 used.reset()
             with frozen(model):
                 score_batch(used, batch, val, meter, advance)
+            meter.file_under(batch[-1].targets)
         first = min(number for hand in hands for number in hand)
         if first and boundaries:
             scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
@@ -2934,6 +2941,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
             if adapter:
                 adapter.reset(anew=True)
     advance.bar.close()
+    rt.record["by_length"] = rt.sum_(meter.lengths).tolist()  # row k: under 2^k targets
     return meter.result()
 
 
@@ -3267,8 +3275,10 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], fold
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
-    rt.log(f"quantisation {quantised - started:.1f}s compression "
-           f"{time.perf_counter() - quantised:.1f}s")
+    packed = time.perf_counter() - quantised
+    rt.record.update(quantisation_seconds=round(quantised - started, 3),
+                     compression_seconds=round(packed, 3))
+    rt.log(f"quantisation {quantised - started:.1f}s compression {packed:.1f}s")
     rt.record["bytes"] = {
         "model": len(blob), "code": len(program), "total": len(blob) + len(program),
         "groups": artifact_report(blob), "compressor": cfg.compressor,
