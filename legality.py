@@ -179,11 +179,12 @@ class Ledger:
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
         self.call_of: dict[int, int] = {}
-        self.calls, self.version, self.problems = 0, 0, []
+        self.calls, self.version, self.problems, self.masks = 0, 0, [], []
 
     def add(self, meter: t.Meter, original: Callable, losses: Any, sizes: Any, mask: Any) -> None:
         """In place of Meter.add; `sizes` holds the targets' indices."""
         self.calls += 1
+        self.masks.append(mask.flatten())
         for index, loss in zip(sizes[mask].tolist(), losses.detach()[mask].tolist(), strict=True):
             if index in self.losses:
                 self.problems.append((index, f"scored again at version {self.version}"))
@@ -444,16 +445,16 @@ def check_target(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
 
 
 def logits_of(bench: Bench, path: str, val: t.ValSet) -> list[torch.Tensor]:
-    """What goes into the loss, call by call."""
+    """What goes into the loss for every target that counts, call by call."""
     seen = []
 
     def spy(original: Callable, z: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(z.detach().clone())
         return original(z, *args)
-    names = ("softcap_cross_entropy", "softcap_cross_entropy_ref")
-    with patched(dict.fromkeys(names, spy)):
-        bench.run(path, val, replace(bench.cfg, phased_ttt_prefix_docs=0))
-    return seen
+    name = "softcap_cross_entropy" + "_ref" * (not bench.cfg.fused_ce_enabled)
+    with patched({name: spy}):
+        ledger, _ = bench.run(path, val, replace(bench.cfg, phased_ttt_prefix_docs=0))
+    return [z[mask] for z, mask in zip(seen, ledger.masks, strict=True)]
 
 
 def check_isolation(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
