@@ -26,7 +26,6 @@ except ModuleNotFoundError:
 STYLE = {"figure.figsize": (7.5, 4.2), "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3,
          "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
          "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True}
-GROUPS = {"rest": "everything else", "directory": "directory"}  # else the name of a role
 
 
 class Log:
@@ -42,8 +41,8 @@ class Log:
 
     def lines(self, pattern: str) -> list[tuple[float, ...]]:
         """The numbers in all lines of a form."""
-        return [tuple(map(float, found)) for found in
-                re.findall(pattern, self.text, re.MULTILINE)]
+        return [tuple(map(float, found.groups())) for found in
+                re.finditer(pattern, self.text, re.MULTILINE)]
 
     def number(self, name: str, default: float = math.nan) -> float:
         """A setting's value."""
@@ -109,7 +108,8 @@ def sizes(ax: Any, logs: list[Log]) -> None:
     if groups is None:
         groups = json.loads(re.search(r"^artifact bytes by group: (\{.*\})$", log.text,
                                       re.MULTILINE)[1])
-    parts = sorted([*((GROUPS.get(k, k), v) for k, v in groups.items()),
+    rest = "all tensors" if len(groups) == 2 else "other tensors"
+    parts = sorted([*((rest if k == "rest" else k, v) for k, v in groups.items()),
                     ("program", log.figures["bytes_code"])], key=lambda part: part[1])
     ax.barh([name for name, _ in parts], [size / 1000 for _, size in parts])
     for k, (_, size) in enumerate(parts):
