@@ -17,6 +17,7 @@ import argparse
 import base64
 import hashlib
 import json
+import lzma
 import math
 import re
 import statistics
@@ -240,9 +241,7 @@ def source_of(text: str) -> str:
     found = re.search(r"^source: (\S+)$", text, re.MULTILINE)
     if not found:
         return ""
-    import brotli
-
-    return brotli.decompress(base64.b85decode(found[1])).decode()
+    return lzma.decompress(base64.b85decode(found[1])).decode()
 
 
 # ---- several logs
@@ -301,7 +300,7 @@ def values_of(paths: list[Path], name: str) -> list[float]:
 
 def compare(paths: list[Path], baseline: list[Path]) -> dict[str, Any]:
     """Against a baseline's seeds: Welch's one-sided t-test (ours lower) and the 0.005-nats rule,
-    on val_loss in nats a token where both have the same targets; UserError with fewer than 2."""
+    on val_loss in nats a token. UserError where the two have other targets or bytes."""
     try:
         from scipy.stats import ttest_ind
     except ModuleNotFoundError:
@@ -312,6 +311,10 @@ def compare(paths: list[Path], baseline: list[Path]) -> dict[str, Any]:
         gain = statistics.mean(theirs) - statistics.mean(ours)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{baseline[0]}: no val_loss and val_bpb of every seed ({error})") from None
+    ratios = [b / statistics.mean(v) for b, v in zip(bpb, (ours, theirs))]
+    if abs(ratios[0] / ratios[1] - 1) > 2e-4:
+        raise UserError(f"{baseline[0]}: val_bpb/val_loss is {ratios[1]:.6f}, here {ratios[0]:.6f}:"
+                        " another validation set or tokenizer, so nats a token do not compare")
     p = None
     if min(len(ours), len(theirs)) > 1:
         p = float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
@@ -326,7 +329,7 @@ def verdict(result: dict[str, Any]) -> str:
     p = "not defined (it takes 2 seeds a side)" if result["welch_p"] is None else (
         f"{result['welch_p']:.4g}")
     yes = {True: "met", False: "not met"}
-    return (f"against the baseline: {result['nats']:+.5f} nats, {result['bpb']:+.5f} BPB better "
+    return (f"gain over the baseline: {result['nats']:+.5f} nats, {result['bpb']:+.5f} BPB "
             f"(n = {result['n'][0]}, {result['n'][1]}); 0.005 nats: "
             f"{yes[result['meets_0.005_nats']]}; Welch's one-sided t-test p = {p}, below 0.01: "
             f"{yes[result['meets_p_0.01']]}")

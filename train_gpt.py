@@ -3191,7 +3191,7 @@ def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
     """What ran: program, settings, versions, devices, and why this attention backend."""
     rt.log(f"program: {Path(__file__).name} sha256:{program_digest()}")
     if rt.rank == 0:  # for the file alone: submission.py --source LOG prints it
-        source = CODECS["brotli"][0]("".join(linecache.getlines(__file__)).encode())
+        source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
         rt.write_log(f"source: {base64.b85encode(source).decode()}\n")
     rt.log("Hyperparameters:")
     for f in fields(cfg):
@@ -3339,8 +3339,9 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             train_and_pack(cfg, rt, model, forwards, folder)
         if not cfg.prequant_only and not audit:
             score_artifact(cfg, rt, model, forwards, folder)
+    illegal = ""
     if cfg.legality_check and not cfg.prequant_only:
-        extra("legality").audit(cfg, rt, folder)
+        illegal = extra("legality").audit(cfg, rt, folder)
     if rt.keeper:
         rt.keeper.finish()
     if rt.lifeline:
@@ -3349,6 +3350,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     rt.record["peak_memory_mib"] = peak >> 20
     rt.log(f"peak memory allocated: {peak >> 20} MiB")
     rt.log(json.dumps({"result": {**rt.record, "complete": True}}))
+    if illegal:
+        raise UserError(illegal)
 
 
 def is_first_to_fail() -> bool:

@@ -225,6 +225,17 @@ def test_row_05_size(real, tmp_path):
     assert "on the disk" in str(legality.check_budgets({"bytes": {"total": 1}}, real[0])[0])
 
 
+def test_findings_reach_the_last_line(program, monkeypatch):
+    """A violation ends the run with exit code 2, after the JSON line that submission.py reads."""
+    monkeypatch.setattr(t, "ARTIFACT_LIMIT", 1000)
+    code, out, err = program(LEGALITY_CHECK=1, ITERATIONS=1, TTT_ENABLED=0)
+    assert code == 2 and err.startswith("error: illegal: budget: ") and err.count("\n") == 1
+    with pytest.raises(s.UserError, match="more; --draft lists all"):
+        s.build([program.out / "log.txt"])
+    run, _ = s.read_log(program.out / "log.txt")
+    assert any(line.startswith("legality: budget: ") for line in run["findings"])
+
+
 def test_row_06_bytes(monkeypatch, tmp_path):
     """A leading space counted twice: BPB falls by 17 %, targets and loss stay."""
     (path,) = write_logs(tmp_path, (1, 1.06))

@@ -153,6 +153,10 @@ def test_comparison_by_hand(tmp_path):
     assert got["meets_0.005_nats"] and got["meets_p_0.01"]
     assert "0.005 nats: met" in s.verdict(got)
     assert s.compare(ours[:1], theirs)["welch_p"] is None
+    path = theirs[0]
+    path.write_text(path.read_text().replace("val_bpb:1.07 ", "val_bpb:1.08 "))
+    with pytest.raises(s.UserError, match="another validation set or tokenizer"):
+        s.compare(ours, theirs)
 
 
 # Figures of #1855's submission.json; its logs' lines, in their form.
