@@ -179,12 +179,14 @@ class Ledger:
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
         self.call_of: dict[int, int] = {}
-        self.calls, self.version, self.problems, self.masks = 0, 0, [], []
+        self.calls, self.version, self.problems = 0, 0, []
+        self.latest, self.logits = None, []  # of the last forward; of every target that counts
 
     def add(self, meter: t.Meter, original: Callable, losses: Any, sizes: Any, mask: Any) -> None:
         """In place of Meter.add; `sizes` holds the targets' indices."""
         self.calls += 1
-        self.masks.append(mask.flatten())
+        if self.latest is not None:
+            self.logits.append(self.latest[mask.flatten()])
         for index, loss in zip(sizes[mask].tolist(), losses.detach()[mask].tolist(), strict=True):
             if index in self.losses:
                 self.problems.append((index, f"scored again at version {self.version}"))
@@ -235,10 +237,10 @@ class Bench:
     weights: dict[str, torch.Tensor]
 
     def run(self, path: str, val: t.ValSet, cfg: t.Config | None = None,
-            follow: bool = True) -> tuple[Ledger, t.Score]:
+            follow: bool = True, ledger: Ledger | None = None) -> tuple[Ledger, t.Score]:
         """Score `val` by one path (plain or ttt) from the artifact's weights; with `follow` byte
         counts are replaced by indices."""
-        cfg, ledger = cfg or self.cfg, Ledger()
+        cfg, ledger = cfg or self.cfg, ledger or Ledger()
         self.model.load_state_dict(self.weights)
         forwards = t.make_forwards(self.model, cfg, self.rt)
         if follow:
@@ -446,15 +448,15 @@ def check_target(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
 
 def logits_of(bench: Bench, path: str, val: t.ValSet) -> list[torch.Tensor]:
     """What goes into the loss for every target that counts, call by call."""
-    seen = []
+    ledger = Ledger()
 
     def spy(original: Callable, z: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(z.detach().clone())
+        ledger.latest = z.detach().clone()
         return original(z, *args)
     name = "softcap_cross_entropy" + "_ref" * (not bench.cfg.fused_ce_enabled)
     with patched({name: spy}):
-        ledger, _ = bench.run(path, val, replace(bench.cfg, phased_ttt_prefix_docs=0))
-    return [z[mask] for z, mask in zip(seen, ledger.masks, strict=True)]
+        bench.run(path, val, replace(bench.cfg, phased_ttt_prefix_docs=0), ledger=ledger)
+    return ledger.logits
 
 
 def check_isolation(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
