@@ -3,7 +3,8 @@
 #   ./run_3seed.sh [PRESET]             default: pr1855 where a GPU is, else cpu_demo
 #   SEEDS="42" ./run_3seed.sh           other seeds (default "42 0 1234")
 # Makes .venv and installs requirements.txt if need be, builds the demo data if the preset wants it.
-# One folder a seed, runs/PRESET/seedN/, with log.txt, final_model.pt, artifact and packed program.
+# One folder a seed, runs/PRESET/seedN/, with log.txt, final_model.pt, artifact and packed program;
+# runs/PRESET/report.html shows them all. CHECKPOINT_EVERY_SECONDS=60 lets a killed run go on.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -21,7 +22,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   PATH="$PWD/.venv/bin:$PATH"
 fi
 echo "== installing the pinned requirements"
-python -m pip install -q --disable-pip-version-check -r requirements.txt
+python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-report.txt
 if [ "$gpus" -gt 0 ]; then
   python -m pip install -q --disable-pip-version-check -r requirements-gpu.txt ||
     echo "FlashAttention-4 did not install; attention falls back to PyTorch's own"
@@ -39,11 +40,12 @@ logs=()
 for seed in ${SEEDS:-42 0 1234}; do
   folder=runs/$preset/seed$seed
   mkdir -p "$folder"
-  rm -f "$folder/log.txt"
+  [ -e "$folder/checkpoint.pt" ] || rm -f "$folder/log.txt"   # a killed run goes on in its log
   echo "== $preset, seed $seed, $processes process(es): $folder/log.txt"
   launch=(python)
   if [ "$processes" -gt 1 ]; then launch=(torchrun --standalone "--nproc_per_node=$processes"); fi
   PRESET=$preset SEED=$seed RUN_ID=log ARTIFACT_DIR=$folder "${launch[@]}" train_gpt.py
   logs+=("$folder/log.txt")
 done
-python submission.py "${logs[@]}"
+# a few seeds fewer, or a preset that ends early, still give a table: findings are listed, not hidden
+python submission.py --draft --program train_gpt.py --report "runs/$preset/report.html" "${logs[@]}"

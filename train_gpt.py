@@ -5,6 +5,7 @@ Claim     the pipeline of parameter-golf record #1855 (published: 1.06108 bits p
 Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8 processes
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
+          python train_gpt.py audit                                 prove that its score is legal
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 
 Contents
@@ -19,6 +20,7 @@ value heads, V vocabulary. Weights are stored [out, in].
 # ==================================================================================================
 # §0 Header
 # ==================================================================================================
+import base64
 import contextlib
 import difflib
 import functools
@@ -100,6 +102,8 @@ class Config:
     ttt_eval_only: bool = setting(False, "load the artifact and only score it")
     prequant_only: bool = setting(False, "stop before quantisation")
     quantize_only: bool = setting(False, "load final_model.pt instead of training")
+    checkpoint_every_seconds: float = setting(0.0, "between checkpoints; 0: none, no resuming", 0)
+    legality_check: bool = setting(False, "audit the artifact at the end of a run")
     # -- data and batches, in tokens
     vocab_size: int = setting(8192, "V, size of the vocabulary", 8, 65536)
     train_batch_tokens: int = setting(786432, "tokens a step: 8 rows, shared by the processes", 64)
@@ -291,8 +295,8 @@ FIXED = {
     "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
 }
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ENABLE", "GLOBAL", "ITERATIONS", "MAX",
-           "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP"}
+GENERIC = {"ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "GLOBAL",
+           "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES |= {"AGREE", "ASYM", "AWQ", "FORCE", "NGRAM", "SKYLIGHT", "SLOT", "WITHIN", "WORD"}
@@ -377,6 +381,9 @@ class Runtime:
     world: int
     device: torch.device
     log_path: Path | None = None
+    keeper: Any = None  # reliability.Keeper, where the run keeps checkpoints
+    lifeline: Any = None  # reliability.Lifeline, where there are several ranks
+    record: dict[str, Any] = field(default_factory=dict)  # figures for the log's last line
 
     @property
     def dtype(self) -> torch.dtype:
@@ -456,7 +463,11 @@ def start_runtime(environ: Mapping[str, str]) -> Runtime:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
         # Rank 0 compresses for minutes while the others wait.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        store, *_ = next(dist.rendezvous("env://", rank, world))
+        # else a restarted run would find the addresses of the processes that died
+        store = dist.PrefixStore(environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=1))
     return Runtime(rank, world, device)
 
 
@@ -3210,12 +3221,18 @@ class Meter:
         self.rt = rt
         kind = torch.float64
         self.nats, self.tokens, self.bytes = torch.zeros(3, dtype=kind, device=rt.device).unbind()
+        self.lengths = torch.zeros(32, 3, dtype=kind, device=rt.device)  # the sums by `file_under`
 
     def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
         """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
         self.nats += torch.where(mask, losses.detach(), 0.0).sum(dtype=torch.float64)
         self.bytes += (sizes * mask).sum()
         self.tokens += mask.sum()
+
+    def file_under(self, targets: int) -> None:
+        """What came since the last call is of documents of at most about so many targets."""
+        sums = torch.stack((self.nats, self.tokens, self.bytes))
+        self.lengths[targets.bit_length()] += sums - self.lengths.sum(0)
 
     def result(self, everywhere: bool = True) -> "Score":
         """Over all ranks (a collective call), or of this rank so far."""
@@ -3255,6 +3272,7 @@ def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
 
 
 def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
+    rt.record[label] = {**score._asdict(), "seconds": round(seconds, 3)}
     rt.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
            f"eval_time:{1000 * seconds:.0f}ms")
 
@@ -3603,15 +3621,26 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
     At a boundary all ranks have scored what the plan says and train on that."""
-    init = init or uniform_start(rt.generator(cfg.seed + rt.rank))
+    generator = rt.generator(cfg.seed + rt.rank)
+    init = init or uniform_start(generator)
     documents = [Document(*d) for d in val.documents()]
     batches = document_batches(documents, cfg.ttt_batch_size)
     boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
     rounds = deal(batches, boundaries, cfg, rt.world)
     mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
     advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
-    for hands in rounds:
-        for number in hands[rt.rank]:
+    kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
+    begin = kept.at if kept else (0, 0)  # (round, batch of this rank) at which a killed run goes on
+    if kept:
+        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init) if kept.warm else None
+        kept.restore(adapter)
+    del boundaries[: begin[0]]
+    for r, hands in list(enumerate(rounds))[begin[0]:]:
+        for k, number in enumerate(hands[rt.rank]):
+            if (r, k) < begin:
+                continue
+            if kept:
+                kept.save((r, k), adapter)
             batch = batches[number]
             if adapter is None or len(batch) != cfg.ttt_batch_size:
                 used = make(model, cfg, rt, len(batch), init)
@@ -3621,6 +3650,7 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                 used.reset()
             with frozen(model):
                 score_batch(used, batch, val, meter, advance)
+            meter.file_under(batch[-1].targets)
         first = min(number for hand in hands for number in hand)
         if first and boundaries:
             scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
@@ -3630,6 +3660,7 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
             if adapter:
                 adapter.reset(anew=True)
     advance.bar.close()
+    rt.record["by_length"] = rt.sum_(meter.lengths).tolist()  # row k: under 2^k targets
     return meter.result()
 
 
@@ -3647,7 +3678,10 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
                                 f"{value}; use the settings it was made with")
         check_pieces(pieces, model)
 
-    arrays, _ = decode_artifact(path.read_bytes(), str(path), check)
+    blob = path.read_bytes()
+    arrays, _ = decode_artifact(blob, str(path), check)
+    if rt.keeper:
+        rt.keeper.identity["artifact"] = _digest(blob)
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
@@ -3656,8 +3690,11 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
         score = score_phased(model, val, cfg, rt)
-        log_score(rt, "quantized_ttt_phased", score, rt.seconds() - ttt_started)
+        earlier = rt.keeper.earlier if rt.keeper else 0.0  # before the run was killed
+        log_score(rt, "quantized_ttt_phased", score, earlier + rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
+        started -= earlier
+    rt.record["evaluation_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
 
 
@@ -3827,13 +3864,19 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
     cfg = reserve(model, cfg, rt)
-    ema, batches = Ema(model, cfg.ema_decay), prefetch(rows.step, 0)
+    ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
+    first, spent = keeper.restore_training(model, optimisers, ema) if keeper else (0, 0.0)
+    batches = prefetch(rows.step, first)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
     limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-    spent, resumed, looped, result = 0.0, rt.seconds(), False, None
-    for step, batch in enumerate(batches):
+    resumed, looped, result = rt.seconds(), False, None
+    for step, batch in enumerate(batches, first):
         seconds = rt.sync_clock(spent + time.perf_counter() - resumed)
+        if keeper and keeper.due(seconds):
+            if result is not None:
+                watch.check(result, step)
+            keeper.save_training(model, optimisers, ema, step, seconds)
         f = progress(step, seconds, cfg)
         last = step == cfg.iterations or bool(cfg.max_wallclock_seconds and seconds >= limit)
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
@@ -3865,7 +3908,10 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     if result is not None:
         watch.check(result, step)
     rt.log(f"training stopped: train_time: {1000 * spent:.0f}ms step: {step}/{cfg.iterations}")
+    rt.record["training"] = {"steps": step, "seconds": round(spent, 3)}
     ema.swap_in()
+    if keeper:
+        keeper.mark("trained", model, step)
     return step, (cfg.max_wallclock_seconds or math.inf) - spent
 
 
@@ -3899,18 +3945,40 @@ def load_state(model: GPT, path: Path) -> None:
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
+def extra(name: str, needed: bool = True) -> Any:
+    """A module beside this file that only some modes need; the packed program travels alone."""
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if needed or error.name != name:
+            raise UserError(f"{error.name} is missing: run train_gpt.py in its repository, with "
+                            "requirements.txt installed") from None
+        return None
+
+
+def program_digest() -> str:
+    """sha256 of the program that runs, as it lies on the disk."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
     """What ran: program, settings, versions, devices, and why this attention backend."""
-    program = Path(__file__)
-    digest = hashlib.sha256(program.read_bytes()).hexdigest() if program.is_file() else "packed"
-    rt.log(f"program: {program.name} sha256:{digest}")
+    rt.log(f"program: {Path(__file__).name} sha256:{program_digest()}")
+    if rt.rank == 0:  # for the file alone: submission.py --source LOG prints it
+        source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
+        rt.write_log(f"source: {base64.b85encode(source).decode()}\n")
     rt.log("Hyperparameters:")
     for f in fields(cfg):
         rt.log(f"  {f.name}: {getattr(cfg, f.name)}")
     rt.log(f"not the default: {json.dumps(changed(cfg))}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
-    rt.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}")
+    versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
+    rt.log(versions)
     rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {attention.reason}")
+    rt.record.update(seed=cfg.seed, program_sha256=program_digest(), settings=changed(cfg),
+                     versions=versions, hardware=f"{rt.world} x {name}",
+                     budget_seconds=cfg.max_wallclock_seconds)
 
 
 def make_model(cfg: Config, rt: Runtime, attention: "Attention") -> GPT:
@@ -3929,6 +3997,8 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     step, free = 0, math.inf
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
+    elif rt.keeper and rt.keeper.stage == "trained":
+        step = rt.keeper.restore_trained(model)
     else:
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
             step, free = train(model, rows, val, cfg, rt)
@@ -3941,7 +4011,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     hessians = calibrate(model, rows, step, rt)
     if cfg.quantiser == "tcq":
         noise = sensitivities(model, rows, step, hessians, rt)
-    took = rt.seconds() - started
+    took = rt.record["calibration_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
     if took > free:
         rt.log(f"warning: training and calibration took {took - free:.1f}s more than "
@@ -3949,6 +4019,8 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
+    if rt.keeper:
+        rt.keeper.mark("packed", None, step)
 
 
 def changed(cfg: Config) -> dict[str, str]:
@@ -3961,7 +4033,8 @@ def changed(cfg: Config) -> dict[str, str]:
 
 def baked(source: str, cfg: Config) -> str:
     """The program with this run's settings as its defaults, so that it scores without a preset."""
-    own = {"RUN_ID", "ARTIFACT_DIR", "TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY"}
+    own = {"RUN_ID", "ARTIFACT_DIR", "TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY",
+           "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
     given = {name: text for name, text in changed(cfg).items() if name not in own}
     line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
     assert len(line.findall(source)) == 1
@@ -3993,8 +4066,15 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
                         "free the disk or set TMPDIR, then run with QUANTIZE_ONLY=1") from error
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
-    rt.log(f"quantisation {time.perf_counter() - started - seconds:.1f}s compression "
-           f"{seconds:.1f}s")
+    quantised = time.perf_counter() - started - seconds
+    rt.record.update(quantisation_seconds=round(quantised, 3),
+                     compression_seconds=round(seconds, 3))
+    rt.log(f"quantisation {quantised:.1f}s compression {seconds:.1f}s")
+    rt.record["bytes"] = {
+        "model": len(blob), "code": len(program), "total": len(blob) + len(program),
+        "groups": artifact_report(blob), "compressor": cfg.compressor,
+        "sha256": {ARTIFACT_FILE: hashlib.sha256(blob).hexdigest(),
+                   PROGRAM_FILE: hashlib.sha256(program).hexdigest()}}
     rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
@@ -4004,9 +4084,29 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
         rt.log(f"warning: {over} bytes over ARTIFACT_BUDGET_BYTES={cfg.artifact_budget_bytes}")
 
 
-def run(environ: Mapping[str, str]) -> None:
-    """The whole program for one process."""
+def host_peak() -> int:
+    """Bytes of the largest resident size so far; 0 where the system does not tell."""
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return 0
+
+
+def process_age() -> float:
+    """Seconds since the process began, imports included; 0 where /proc does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> None:
+    """The whole program for one process, which began `age` seconds ago; or only the legality audit
+    of an artifact that is there."""
+    started = time.perf_counter() - age
     cfg = Config.from_env(environ, Path(__file__).parent)
+    if audit:
+        cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
     rt = start_runtime(environ)
     folder = Path(cfg.artifact_dir or ".")
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -4017,13 +4117,31 @@ def run(environ: Mapping[str, str]) -> None:
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
     log_header(cfg, rt, attention)
     rt.log(identity)
-    model = make_model(cfg, rt, attention)
-    if not cfg.ttt_eval_only:
-        train_and_pack(cfg, rt, model, folder)
-    if not cfg.prequant_only:
-        score_artifact(cfg, rt, model, folder)
-    if rt.device.type == "cuda":
-        rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
+    if rt.world > 1 and (reliability := extra("reliability", needed=False)):
+        rt.lifeline = reliability.Lifeline(rt)
+        rt.lifeline.start()
+    if cfg.checkpoint_every_seconds:
+        rt.keeper = extra("reliability").Keeper(cfg, rt, folder, identity)
+    with extra("legality").guard() if cfg.legality_check else contextlib.nullcontext():
+        model = make_model(cfg, rt, attention)
+        rt.record["start_seconds"] = round(rt.seconds() - started, 3)
+        if not cfg.ttt_eval_only and not (rt.keeper and rt.keeper.stage == "packed"):
+            train_and_pack(cfg, rt, model, folder)
+        if not cfg.prequant_only and not audit:
+            score_artifact(cfg, rt, model, folder)
+    illegal = ""
+    if cfg.legality_check and not cfg.prequant_only:
+        illegal = extra("legality").audit(cfg, rt, folder)
+    if rt.keeper:
+        rt.keeper.finish()
+    if rt.lifeline:
+        rt.lifeline.close()
+    peak = torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else host_peak()
+    rt.record["peak_memory_mib"] = peak >> 20
+    rt.log(f"peak memory allocated: {peak >> 20} MiB")
+    rt.log(json.dumps({"result": {**rt.record, "complete": True}}))
+    if illegal:
+        raise UserError(illegal)
 
 
 def is_first_to_fail() -> bool:
@@ -4033,25 +4151,30 @@ def is_first_to_fail() -> bool:
     return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
 
 
-def main() -> int:
-    """Exit code 0, or 2 after one line on standard error for a mistake that the user can mend."""
+def main(age: float = 0.0) -> int:
+    """Exit code 0, or 2 after one line on standard error for a mistake that the user can mend; the
+    process began `age` seconds ago."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return 0
     try:
-        if sys.argv[1:]:
+        if sys.argv[1:] not in ([], ["audit"]):
             raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
-        run(os.environ)
+        run(os.environ, age, audit=len(sys.argv) > 1)
     except UserError as error:
         if is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # the others may be inside a collective: an orderly end would wait for them
         return 2
+    except RuntimeError:  # perhaps of a collective: then the lifeline's message names who is gone
+        if dist.is_initialized():
+            time.sleep(6)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(process_age()))

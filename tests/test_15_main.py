@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import ROOT, TINY, busy_model, launch, runtime, write_data, write_shard
+from tests.tools import ROOT, TINY, busy_model, launch, runtime, said, write_data, write_shard
 
 
 def one_line(result) -> str:
@@ -155,7 +155,7 @@ def test_default_places(tmp_path):
                 "TTT_ENABLED": 0, "RUN_ID": "mine"}
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "logs" / "mine.txt").read_text() == run.stdout
+    assert said(tmp_path / "logs" / "mine.txt") == run.stdout
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"data", "logs", "final_model.pt", "final_model.int6.ptz", "final_program.py"}
     run = launch({**settings, "MODEL_DIMM": 3}, tmp_path)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.tools import TINY, launch, write_data
+from tests.tools import TINY, launch, said, write_data
 
 pytestmark = pytest.mark.dist
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -100,7 +100,7 @@ def test_test_time_training_scores_everything_once(runs):
 
 def test_files_and_log_are_written_once(runs):
     for _, place, out in runs.values():
-        log = (place / "log.txt").read_text()
+        log = said(place / "log.txt")
         assert log in out and log.count("Total submission size") == 1
         assert {p.name for p in place.iterdir()} == {
             "log.txt", "seen.pt", "final_model.pt", "final_model.int6.ptz", "final_program.py"}

@@ -1,6 +1,8 @@
 """submission.py: nothing that a log does not say, one configuration, statistics by hand."""
 
 import json
+import math
+import re
 import statistics
 import sys
 
@@ -16,21 +18,24 @@ not the default: {{"SEED": "{seed}", "MATRIX_LR": "{lr}", "RUN_ID": "r{seed}"}}
 python 3.11.7, torch 2.13.0, numpy 2.4.6
 devices: 8 x NVIDIA H100, torch.bfloat16; attention: using fa4
 training stopped: train_time: 599512ms step: 4931/20000
-diagnostic pre-quantization post-ema val_loss:2.3 val_bpb:1.0640 eval_time:9000ms
+diagnostic pre-quantization post-ema val_loss:2.32863 val_bpb:1.0640 eval_time:9000ms
 Code size: 27000 bytes
 Serialized model quantized+pergroup: 15870000 bytes
 Total submission size quantized+pergroup: 15897000 bytes
-diagnostic quantized val_loss:2.34 val_bpb:1.0725 eval_time:9000ms
-quantized_ttt_phased val_loss:2.32 val_bpb:{bpb} eval_time:450000ms
+diagnostic quantized val_loss:2.34723 val_bpb:1.0725 eval_time:9000ms
+quantized_ttt_phased val_loss:{loss:.8f} val_bpb:{bpb} eval_time:450000ms
 total_eval_time:480.5s
 """
+
+
+RATIO = math.log(2) * 151_074_309 / 47_853_343  # nats a token of one bit a byte
 
 
 def write_logs(folder, *runs, lr="0.03"):
     paths = []
     for seed, bpb in runs:
         paths.append(folder / f"{seed}.txt")
-        paths[-1].write_text(LOG.format(seed=seed, bpb=bpb, lr=lr))
+        paths[-1].write_text(LOG.format(seed=seed, bpb=bpb, lr=lr, loss=bpb * RATIO))
     return paths
 
 
@@ -49,7 +54,9 @@ def test_figures_and_statistics(tmp_path):
 def test_what_a_log_lacks_is_null(tmp_path):
     (path,) = write_logs(tmp_path, (1, 1.06))
     path.write_text("\n".join(path.read_text().splitlines()[:8]) + "\n")
-    got = s.build([path])
+    with pytest.raises(s.UserError, match="missing: .*val_bpb, bytes_total, total_eval_time_s"):
+        s.build([path])
+    got = s.build([path], draft=True)
     assert got["seeds"][0]["val_bpb"] is None and "val_bpb_mean" not in got["summary"]
     assert "| 1 | - | - | - | - | 599.5 | - |" in s.table(got)
 
@@ -85,3 +92,140 @@ def test_files_are_written_and_the_readme_filled(tmp_path, monkeypatch, capsys):
     text = readme.read_text()
     assert "old" not in text and "| 2 | 1.06400" in text and text.endswith("end\n")
     assert "(std 0.00707, n = 2)" in text
+
+
+# ---- the JSON line, comparisons, other people's records
+
+def with_result(path, **changes):
+    """The log at `path` with a last line that says what its text says, and `changes`."""
+    run, _ = s.read_log(path)
+    told = {"seed": run["seed"], "training": {"steps": 4931, "seconds": 590.0},
+            "calibration_seconds": 5.0, "start_seconds": 12.0, "evaluation_seconds": 480.5,
+            "quantized_ttt_phased": {"loss": run["val_loss"], "bpb": run["val_bpb"],
+                                     "tokens": 47_853_343, "bytes": 151_074_309},
+            "bytes": {"model": 15870000, "code": 27000, "total": 15897000}, **changes}
+    text = path.read_text().replace("599512ms", "590000ms")
+    path.write_text(text + json.dumps({"result": told}) + "\n")
+    return path
+
+
+def test_the_last_line_is_trusted_over_text(tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    got = s.build([with_result(path)])["seeds"][0]
+    assert got["calibration_s"] == 5.0 and got["val_bytes"] == 151_074_309
+    assert got["findings"] == []
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"calibration_seconds": 15.0}, "training 590.0 s and calibration 15.0 s are over 600 s"),
+    ({"evaluation_seconds": 595.0}, "total_eval_time_s: the text says 480.5"),
+    ({"resumed": 1}, "resumed 1 time"), ({"legality": ["causality: x"]}, "legality: causality: x"),
+    ({"bytes": {"model": 1, "code": 27000, "total": 15897000}}, "bytes_model: the text says"),
+])
+def test_what_the_last_line_rules_out(tmp_path, changes, words):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    with_result(path, **changes)
+    with pytest.raises(s.UserError, match=re.escape(words)):
+        s.build([path])
+    assert any(words in line for line in s.build([path], draft=True)["findings"])
+
+
+def test_another_program_is_refused(tmp_path):
+    (path,), program = write_logs(tmp_path, (1, 1.06)), tmp_path / "train_gpt.py"
+    program.write_text("pass\n")
+    with pytest.raises(s.UserError, match="written by another program"):
+        s.build([path], program=program)
+
+
+def test_comparison_by_hand(tmp_path):
+    (tmp_path / "b").mkdir()
+    ours = write_logs(tmp_path, (1, 1.0600), (2, 1.0610), (3, 1.0605))
+    theirs = write_logs(tmp_path / "b", (1, 1.0700), (2, 1.0690), (3, 1.0710))
+    got = s.compare(ours, theirs)
+    a, b = ([x * RATIO for x in v] for v in ((1.06, 1.061, 1.0605), (1.07, 1.069, 1.071)))
+    spread = [statistics.variance(v) / 3 for v in (a, b)]
+    t_value = (statistics.mean(a) - statistics.mean(b)) / math.sqrt(sum(spread))
+    freedom = sum(spread) ** 2 / sum(x * x / 2 for x in spread)
+    from scipy.stats import t as student
+
+    assert math.isclose(got["welch_p"], student.cdf(t_value, freedom), rel_tol=1e-4)
+    assert math.isclose(got["nats"], 0.0095 * RATIO, rel_tol=1e-5)
+    assert got["meets_0.005_nats"] and got["meets_p_0.01"]
+    assert "0.005 nats: met" in s.verdict(got)
+    assert s.compare(ours[:1], theirs)["welch_p"] is None
+    path = theirs[0]
+    path.write_text(path.read_text().replace("val_bpb:1.07 ", "val_bpb:1.08 "))
+    with pytest.raises(s.UserError, match="another validation set or tokenizer"):
+        s.compare(ours, theirs)
+
+
+# Figures of #1855's submission.json; its logs' lines, in their form.
+RECORD = {42: (2.31944212, 1.05989454, 15897259, 4945, 508.8),
+          0: (2.32239991, 1.06124613, 15900947, 4932, 455.1),
+          1234: (2.32423994, 1.06208695, 15907550, 4917, 470.0)}
+FOREIGN = """Hyperparameters:
+  adam_eps: 1e-08
+  artifact_dir: runs/{seed}
+  run_id: seed{seed}
+  seed: {seed}
+  ttt_lora_rank: {rank}
+train_shards: 80
+val_tokens: 47851520
+stopping_early: wallclock_cap train_time: {train_ms}ms step: {steps}/20000
+diagnostic pre-quantization post-ema val_loss:2.32863000 val_bpb:1.06400000 eval_time:7476ms
+GPTQ:collected 67 Hessians in {hessians}s
+Serialized model quantized+pergroup: 15868000 bytes
+Total submission size quantized+pergroup: {size} bytes
+diagnostic quantized val_loss:2.34723000 val_bpb:1.07250000 eval_time:8000ms
+{more}quantized_ttt_phased val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{eval_ms:.0f}ms
+total_eval_time:{seconds:.1f}s
+"""
+
+
+def foreign(folder, record, more="", **changes):
+    """Logs in #1855's form."""
+    paths = []
+    for seed, (loss, bpb, size, steps, seconds) in record.items():
+        paths.append(folder / f"train_seed{seed}.log")
+        given = dict(seed=seed, loss=loss, bpb=bpb, size=size, steps=steps, seconds=seconds,
+                     eval_ms=1000 * seconds, train_ms=599_512, hessians="4.9", rank=80, more=more)
+        paths[-1].write_text(FOREIGN.format(**{**given, **changes}))
+    return paths
+
+
+def claim(folder, record, **changes):
+    path = folder / "submission.json"
+    seeds = {str(seed): {"val_loss": loss, "val_bpb": bpb, "artifact_bytes": size, "steps": steps,
+                         "eval_time_s": seconds}
+             for seed, (loss, bpb, size, steps, seconds) in record.items()}
+    path.write_text(json.dumps({"track": "10min_16mb", "val_loss": 2.32202732,
+                                "val_bpb": 1.06107587, "val_loss_std": 0.00198,
+                                "val_bpb_std": 0.00090, "seed_results": seeds, **changes}))
+    return path
+
+
+def test_the_record_1855_is_reproduced(tmp_path, monkeypatch, capsys):
+    """1.06108 and 0.00090, which is the deviation divided by n; and its calibration is over."""
+    logs = foreign(tmp_path, RECORD)
+    monkeypatch.setattr(sys, "argv", ["submission.py", "--audit", str(claim(tmp_path, RECORD)),
+                                      *map(str, logs)])
+    assert s.main() == 1
+    out = capsys.readouterr().out
+    assert "mean 1.06108, sample std 0.00111 (divided by n: 0.00090), n = 3" in out
+    findings = [line for line in out.splitlines() if line.startswith("finding: ")]
+    assert len(findings) == 3
+    assert all("training 599.5 s and calibration 4.9 s are over 600 s" in x for x in findings)
+
+
+def test_the_record_2118_is_found_out(tmp_path):
+    """1.04350 is claimed, the logs say 1.05770; an evaluation of 605.5 s; illegal gates."""
+    ratio = 2.32202732 / 1.06107587
+    record = {seed: (bpb * ratio, bpb, 15_950_000, 4900, seconds) for seed, bpb, seconds in
+              ((42, 1.05700, 605.5), (1234, 1.05790, 577.7), (314, 1.05820, 570.0))}
+    gates = ("ngram_tilt:hints total=47851520 gated=10494977 token_gate=628130 "
+             "within_gate=9866847 word_gate=2891588 agree2plus=290291\n")
+    logs = foreign(tmp_path, record, more=gates, train_ms=595_000)
+    found = s.audit(claim(tmp_path, {}, val_bpb=1.04350, val_loss=2.2836), logs)
+    assert "val_bpb 1.04350 is not in the logs: their mean is 1.05770" in found
+    assert any("evaluation 605.5 s from the process's start is over 600 s" in x for x in found)
+    assert sum("illegal gates: within_gate=9866847" in x for x in found) == 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train_gpt as t
-from tests.tools import TINY, launch, write_data
+from tests.tools import TINY, launch, said, write_data
 
 NUMBER = r"([-+0-9.e]+)"
 LINES = {  # what tools read from a log: (pattern, how often in this run)
@@ -51,7 +51,7 @@ def test_train_pack_and_score_again(tmp_path, compressor):
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
 
-    log = (out / "first.txt").read_text()
+    log = said(out / "first.txt")
     assert log == run.stdout
     lines = found(log)
     assert lines.keys() == LINES.keys()

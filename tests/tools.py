@@ -129,6 +129,12 @@ class Recorder(t.Meter):
         super().add(losses, sizes, mask)
 
 
+def said(log: Path) -> str:
+    """What a log says that the console says, too: all but the program's source."""
+    lines = log.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("source: "))
+
+
 def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240):
     """The program in a process of its own, with `settings` as its environment."""
     keep = {k: v for k, v in os.environ.items() if not t.is_ours(k) and k != "PRESET"}

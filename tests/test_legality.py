@@ -1,0 +1,417 @@
+"""The eighteen ways in which scores of this field were invalid (docs/legality.md): each is planted,
+and its detector must see it; and none sees anything in what is legal.
+
+`python -m tests.test_legality` runs these tests and writes the table of docs/legality.md."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import legality
+import submission as s
+import train_gpt as t
+from caseops import audit as data_audit
+from tests.test_submission import RATIO, RECORD, claim, foreign, write_logs
+from tests.tools import (
+    ROOT,
+    TINY,
+    VAL_LENGTHS,
+    busy_model,
+    launch,
+    tiny,
+    val_set,
+    write_data,
+    write_shard,
+)
+
+
+class Row(NamedTuple):
+    """One line of the table: the failure, what detects it, the test that plants it."""
+
+    number: int
+    failure: str
+    detector: str
+    test: str
+
+
+ROWS = (
+    Row(1, "n-gram or byte mix that is no distribution", "`audit`: normalisation", "mix"),
+    Row(2, "training and calibration over 600 s", "`submission.py`, `audit`: budget", "train_time"),
+    Row(3, "no log, one seed, mixed configurations", "`submission.py`: settings of all logs",
+        "mixed"),
+    Row(4, "submission.json or README unlike the logs", "`submission.py --audit`", "claim"),
+    Row(5, "artifact over 16,000,000 bytes", "`submission.py`: sizes and hashes of the files; "
+        "`audit`: budget", "size"),
+    Row(6, "wrong byte denominator", "`submission.py`: byte invariant; `audit`: ledger", "bytes"),
+    Row(7, "truncated or wrong validation set", "`submission.py`: byte invariant; `audit`: ledger; "
+        "the manifest's hashes", "truncated"),
+    Row(8, "training on validation data before scoring it",
+        "`LEGALITY_CHECK=1`: data access; `audit`: causality, ledger", "prequant"),
+    Row(9, "SLOT on scored positions", "`audit`: causality", "slot"),
+    Row(10, "validation documents in training shards", "`prepare_caseops_data.py --audit`", "leak"),
+    Row(11, "two passes, rescoring", "`audit`: ledger", "rescore"),
+    Row(12, "gates that look at the target", "`audit`: normalisation; `submission.py`: counters",
+        "gate"),
+    Row(13, "SmearGate across documents", "`audit`: document isolation", "smear"),
+    Row(14, "evaluation over 600 s, or work outside its timer",
+        "`submission.py`, `audit`: clock from the process's start", "eval_time"),
+    Row(15, "warm-up on validation tokens", "`LEGALITY_CHECK=1`: data access", "warm_up"),
+    Row(16, "steps forced", "`submission.py`: settings; unknown names are refused", "forced"),
+    Row(17, "settings that only the environment knew",
+        "`submission.py`: settings of the log against its source", "environment"),
+    Row(18, "digits that do not fit each other", "`submission.py`: val_bpb/val_loss", "digits"),
+)
+
+
+def bench_of(cfg: t.Config, seed=0) -> legality.Bench:
+    """A busy random model as if it came out of an artifact."""
+    cfg = legality.small(cfg)
+    model = busy_model(cfg, seed, attend=t.attend_sdpa)
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    return legality.Bench(cfg, legality.Quiet(0, 1, torch.device("cpu")), model, weights)
+
+
+def found_in(cfg: t.Config | None = None, lengths=VAL_LENGTHS) -> list[str]:
+    """All findings of the audit, as text."""
+    lines = []
+    return [str(x) for x in legality.findings(bench_of(cfg or tiny()), val_set(lengths),
+                                              lines.append)]
+
+
+def refused(paths, words):
+    """submission.py refuses the logs with these words, and a draft lists them."""
+    with pytest.raises(s.UserError):
+        s.build(paths)
+    listed = s.build(paths, draft=True)["findings"]
+    assert any(re.search(words, line) for line in listed), listed
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """(folder, log) of a whole tiny run with LEGALITY_CHECK=1."""
+    folder = tmp_path_factory.mktemp("real")
+    out = folder / "out"
+    run = launch({**TINY, "DATA_PATH": write_data(folder / "data"), "ARTIFACT_DIR": out,
+                  "RUN_ID": "log", "LEGALITY_CHECK": 1}, folder)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out, (out / "log.txt").read_text()
+
+
+def doctored(real, tmp_path, pattern, text):
+    """The log of the real run with one thing changed."""
+    log, count = re.subn(pattern, text, real[1], flags=re.MULTILINE)
+    assert count >= 1
+    path = tmp_path / "log.txt"
+    path.write_text(log)
+    return path
+
+
+# ---- nothing is found where nothing is wrong
+
+@pytest.mark.parametrize("preset", [*sorted(p.stem for p in (ROOT / "presets").glob("*.env")),
+                                    "stream", "no phases", "no adapters"])
+def test_nothing_is_found_in_what_is_legal(preset):
+    """Every preset with its own switches at a tiny size, and modes of the evaluation."""
+    changes = {"stream": dict(ttt_stream=True, ttt_eval_seq_len=24),
+               "no phases": dict(phased_ttt_prefix_docs=0),
+               "no adapters": dict(ttt_enabled=False)}.get(preset, {})
+    cfg = tiny(**changes)
+    if (ROOT / "presets" / f"{preset}.env").exists():
+        small = t.Config.from_env(TINY)
+        sizes = {name.lower(): getattr(small, name.lower()) for name in TINY}
+        cfg = replace(t.Config.from_env({"PRESET": preset}, ROOT), **sizes).checked()
+    assert found_in(cfg) == []
+
+
+def test_a_real_run_is_legal_and_its_log_is_whole(real):
+    out, log = real
+    result = json.loads(log.splitlines()[-1])["result"]
+    assert result["legality"] == [] and result["complete"] is True
+    assert log.splitlines()[0].startswith("program: ") and s.source_of(log) == (
+        ROOT / "train_gpt.py").read_text()
+    run, _ = s.read_log(out / "log.txt")
+    assert run["findings"] == []
+    assert result["bytes"]["total"] == sum(
+        (out / name).stat().st_size for name in (t.ARTIFACT_FILE, t.PROGRAM_FILE))
+
+
+def test_audit_alone(real, tmp_path):
+    out, log = real
+    settings = json.loads(log.splitlines()[-1])["result"]["settings"]
+    settings.pop("LEGALITY_CHECK")
+    program = tmp_path / "audit.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt as t\n"
+                       "sys.argv = ['train_gpt.py', 'audit']; sys.exit(t.main())\n")
+    run = launch({**settings, "RUN_ID": "audit"}, tmp_path, program)
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"^legality: \w+ \((?:plain|ttt)\): holds", run.stdout, re.M)) == 10
+    (out / t.PROGRAM_FILE).rename(out / "elsewhere")
+    run = launch({**settings, "RUN_ID": "audit2"}, tmp_path, program)
+    (out / "elsewhere").rename(out / t.PROGRAM_FILE)
+    assert run.returncode == 2 and "final_program.py is missing" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+# ---- the rows
+
+def patch_loss(monkeypatch, change):
+    """Losses become change(losses, targets)."""
+    original = t.GPT.forward
+
+    def forward(self, ids, targets, *args, **kwargs):
+        return change(original(self, ids, targets, *args, **kwargs), targets)
+    monkeypatch.setattr(t.GPT, "forward", forward)
+
+
+def test_row_01_mix(monkeypatch):
+    """Half of the weight goes to a cache that is asked for the target alone."""
+    def mixed(losses, targets):
+        count = 0.1 + 0.8 * (targets % 3 == 0)
+        return -torch.log(0.5 * torch.exp(-losses) + 0.5 * count)
+    patch_loss(monkeypatch, mixed)
+    assert any(x.startswith("normalisation (ttt)") for x in found_in())
+
+
+def test_row_02_train_time(real, tmp_path):
+    path = doctored(real, tmp_path, r'"training": \{"steps": 6, "seconds": [\d.]+',
+                    '"training": {"steps": 6, "seconds": 599.5')
+    path.write_text(re.sub(r'"calibration_seconds": [\d.]+', '"calibration_seconds": 4.9',
+                           path.read_text()))
+    refused([path], "training 599.5 s and calibration 4.9 s are over 600 s")
+    record = {"training": {"seconds": 599.5}, "calibration_seconds": 4.9}
+    assert "GPTQ_RESERVE_SECONDS" in str(legality.check_budgets(record, real[0])[0])
+
+
+def test_row_03_mixed(tmp_path):
+    one = write_logs(tmp_path, (1, 1.06))
+    (tmp_path / "b").mkdir()
+    other = write_logs(tmp_path / "b", (2, 1.06), lr="0.04")
+    with pytest.raises(s.UserError, match="other MATRIX_LR than"):
+        s.build(one + other)
+    assert s.build(one)["summary"]["note"] == "1 seed(s); a record needs 3"
+    with pytest.raises(s.UserError, match="no such log"):
+        s.build([tmp_path / "none.txt"])
+    mixed = foreign(tmp_path, dict(list(RECORD.items())[:1])) + foreign(
+        tmp_path / "b", dict(list(RECORD.items())[1:]), rank=96)
+    with pytest.raises(s.UserError, match="other TTT_LORA_RANK than"):
+        s.build(mixed, draft=True)
+
+
+def test_row_04_claim(tmp_path):
+    logs = foreign(tmp_path, RECORD, hessians="0.3")
+    assert s.audit(claim(tmp_path, RECORD), logs) == []
+    found = s.audit(claim(tmp_path, RECORD, val_bpb=1.0435), logs)
+    assert found == ["val_bpb 1.04350 is not in the logs: their mean is 1.06108"]
+
+
+def test_row_05_size(real, tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    path.write_text(path.read_text().replace("15870000", "15999793").replace("15897000",
+                                                                            "16026793"))
+    refused([path], "16,026,793 bytes are over 16,000,000")
+    log = tmp_path / "log.txt"
+    log.write_text(real[1])
+    (tmp_path / t.ARTIFACT_FILE).write_bytes(b"another file")
+    refused([log], "not the file that this log was written with")
+    assert "on the disk" in str(legality.check_budgets({"bytes": {"total": 1}}, real[0])[0])
+
+
+def test_findings_reach_the_last_line(program, monkeypatch):
+    """A violation ends the run with exit code 2, after the JSON line that submission.py reads."""
+    monkeypatch.setattr(t, "ARTIFACT_LIMIT", 1000)
+    code, out, err = program(LEGALITY_CHECK=1, ITERATIONS=1, TTT_ENABLED=0)
+    assert code == 2 and err.startswith("error: illegal: budget: ") and err.count("\n") == 1
+    with pytest.raises(s.UserError, match="more; --draft lists all"):
+        s.build([program.out / "log.txt"])
+    run, _ = s.read_log(program.out / "log.txt")
+    assert any(line.startswith("legality: budget: ") for line in run["findings"])
+
+
+def test_row_06_bytes(monkeypatch, tmp_path):
+    """A leading space counted twice: BPB falls by 17 %, targets and loss stay."""
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    text = path.read_text()
+    for bpb in ("1.0640", "1.0725", "1.06"):
+        text = re.sub(rf"val_bpb:{bpb} ", f"val_bpb:{float(bpb) / 1.17:.8f} ", text)
+    path.write_text(text.replace("devices:", "val_tokens: 47853343\ndevices:"))
+    refused([path], "imply 176.76M bytes; the validation set has 151.07M")
+    add = t.Meter.add
+    monkeypatch.setattr(t.Meter, "add", lambda self, losses, sizes, mask: add(
+        self, losses, sizes + (sizes > 2), mask))
+    found = legality.check_ledger(bench_of(tiny()), "plain", val_set(VAL_LENGTHS))
+    assert any("bytes counted, the data has" in str(x) for x in found)
+
+
+def test_row_07_truncated(monkeypatch, tmp_path):
+    """10,000 documents; and an evaluation that leaves the tail out."""
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    path.write_text(path.read_text().replace("devices:", "val_tokens: 9662464\ndevices:"))
+    refused([path], r"9,662,464 targets imply 30\.50M bytes")
+    evaluate = t.evaluate
+    monkeypatch.setattr(t, "evaluate", lambda forward, val, *rest: evaluate(
+        forward, val._replace(ids=val.ids[:len(val.ids) // 2]), *rest))
+    assert any("is not scored" in x for x in found_in(tiny(ttt_enabled=False)))
+
+
+def test_row_08_prequant(program, monkeypatch):
+    """Epochs on validation before quantisation; and a global phase on documents to come."""
+    train = t.train
+
+    def cheat(model, rows, val, cfg, rt):
+        steps = train(model, rows, val, cfg, rt)
+        row = t.make_row(val.ids[:64], val.ids[1:65], 32, rt.device)
+        model(row.ids, row.targets, row.segments, True).mean().backward()
+        return steps
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "train", cheat)
+        code, _, err = program(LEGALITY_CHECK=1, ITERATIONS=1)
+        assert code == 2 and err.count("\n") == 1
+        assert "data access: validation ids [slice(None, 64, None)] read" in err
+    phase = t.train_globally
+
+    def early(model, scored, val, *rest):
+        every = [t.Document(*d) for d in val.documents()]
+        return phase(model, [d for d in every if d not in scored] + scored, val, *rest)
+    monkeypatch.setattr(t, "train_globally", early)
+    assert any(x.startswith("causality (ttt)") for x in found_in())
+
+
+def test_row_09_slot(monkeypatch):
+    """A chunk's own loss is stepped on before the chunk is scored."""
+    score = t.Adapter.score
+
+    def fitted(self, window, meter):
+        self.lora.rows = window.rows
+        (self.losses(window) * window.mask).sum().backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return score(self, window, meter)
+    monkeypatch.setattr(t.Adapter, "score", fitted)
+    assert any(x.startswith("causality (ttt)") for x in found_in())
+
+
+def test_row_10_leak(tmp_path):
+    clean, leaky = (write_data(tmp_path / name, vocab=4096) for name in ("clean", "leaky"))
+    val = np.array(t.open_shard(leaky / "fineweb_val_000000.bin"))
+    train = np.array(t.open_shard(leaky / "fineweb_train_000001.bin"))
+    write_shard(leaky / "fineweb_train_000001.bin", np.concatenate((train, val)))
+    verdicts = {}
+    for folder in (clean, leaky):
+        lines = []
+        data_audit.audit(folder, out=lines.append)
+        verdicts[folder.name] = [line for line in lines if line.startswith("LEAK")]
+    assert not verdicts["clean"] and verdicts["leaky"]
+
+
+def test_row_11_rescore(monkeypatch):
+    """The second pass counts, after the first has adapted to everything."""
+    score = t.score_phased
+
+    def twice(*args):
+        return min(score(*args), score(*args))
+    monkeypatch.setattr(t, "score_phased", twice)
+    assert any("scored again" in x for x in found_in())
+
+
+def test_row_12_gate(monkeypatch, tmp_path):
+    """A tilt towards a hint, switched on by the class of the target."""
+    def tilted(losses, targets):
+        hint, gate = targets == 10, targets % 2 == 0
+        return losses - gate * (0.9 * hint) + gate * 0.02
+    patch_loss(monkeypatch, tilted)
+    assert any(x.startswith("normalisation") for x in found_in())
+    gates = "ngram_tilt:hints total=9 gated=9 token_gate=6 within_gate=3 word_gate=0 agree2plus=0\n"
+    logs = foreign(tmp_path, RECORD, more=gates, hessians="0.3")
+    refused(logs, "illegal gates: within_gate=3")
+
+
+def test_row_13_smear(monkeypatch, tmp_path):
+    def smear(self, x, ids):
+        gate = torch.sigmoid(x[:, 1:, :self.cfg.gate_window] @ self.smear_gate.weight.mT)
+        return torch.cat((x[:, :1], x[:, 1:] + self.smear_lambda * gate * x[:, :-1]), dim=1)
+    monkeypatch.setattr(t.GPT, "smear", smear)
+    assert any(x.startswith("document isolation (plain)") for x in found_in())
+    logs = foreign(tmp_path, RECORD, hessians="0.3", rank="80\n  smear_gate_bos_fix: False")
+    refused(logs, "SMEAR_GATE_BOS_FIX=0")
+
+
+def test_row_14_eval_time(real, tmp_path):
+    path = doctored(real, tmp_path, r'"start_seconds": [\d.]+', '"start_seconds": 605.5')
+    refused([path], r"evaluation 6\d\d\.\d s from the process's start is over 600 s")
+    record = {"start_seconds": 95.0, "evaluation_seconds": 515.0}
+    assert "evaluation 610.0 s" in str(legality.check_budgets(record, real[0])[0])
+    more = "ngram_tilt:precompute_outside_timer_done elapsed=130.1s total_targets=47851520\n"
+    refused(foreign(tmp_path, RECORD, more=more, hessians="0.3"), "outside the timer")
+
+
+def test_row_15_warm_up(program, monkeypatch):
+    def cheat(model, optimisers, cfg, rt):
+        return t.load_val(cfg).ids[:100].sum()
+    monkeypatch.setattr(t, "warm_up", cheat)
+    code, _, err = program(LEGALITY_CHECK=1, ITERATIONS=1)
+    assert code == 2 and "read in stage 'warm-up'" in err and "synthetic ids" in err
+
+
+def test_row_16_forced(program, tmp_path):
+    logs = foreign(tmp_path, RECORD, hessians="0.3", rank="80\n  force_stop_step: 4920")
+    refused(logs, "FORCE_STOP_STEP=4920")
+    code, _, err = program(FORCE_STOP_STEP=4920)
+    assert code == 2 and "FORCE_STOP_STEP: no such setting" in err
+
+
+def test_row_17_environment(real, tmp_path):
+    path = doctored(real, tmp_path, r"^  matrix_lr: 0\.026$", "  matrix_lr: 0.05")
+    refused([path], "matrix_lr: 0.05 ran, the program's default is 0.026")
+
+
+def test_row_18_digits(tmp_path):
+    paths = write_logs(tmp_path, (1, 1.0600), (2, 1.0610), (3, 1.0605))
+    text = paths[1].read_text()
+    paths[1].write_text(text.replace(f"val_loss:{1.061 * RATIO:.8f}", "val_loss:2.3225"))
+    refused(paths, "val_bpb/val_loss is 0.4568")
+
+
+def test_the_table_names_these_tests():
+    """docs/legality.md is this file's table, with all results `caught`."""
+    text = (ROOT / "docs" / "legality.md").read_text()
+    for row in ROWS:
+        assert f"test_row_{row.number:02}_{row.test}" in globals()
+        assert table_line(row, "caught") in text
+    assert [row.number for row in ROWS] == list(range(1, 19))
+
+
+def table_line(row: Row, result: str) -> str:
+    return (f"| {row.number} | {row.failure} | {row.detector} | `test_row_{row.number:02}_"
+            f"{row.test}` | {result} |")
+
+
+def main() -> int:
+    """Run the rows' tests and write their results into docs/legality.md."""
+    report = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/legality.xml")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", __file__, f"--junitxml={report}"],
+                   cwd=ROOT, check=False)
+    cases = ElementTree.parse(report).iter("testcase")
+    passed = {case.get("name"): not len(case) for case in cases}
+    lines = ["| # | failure | detector | test | result |", "|--:|---|---|---|---|"]
+    lines += [table_line(row, "caught" if passed.get(f"test_row_{row.number:02}_{row.test}")
+                         else "NOT CAUGHT") for row in ROWS]
+    legal = [name for name in passed if name.startswith("test_nothing_is_found")]
+    lines += ["", f"Legal settings in which nothing was found: {sum(passed[n] for n in legal)} of "
+              f"{len(legal)}: {', '.join(sorted(n.partition('[')[2][:-1] for n in legal))}."]
+    path = ROOT / "docs" / "legality.md"
+    marks = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
+    path.write_text(marks.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], path.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

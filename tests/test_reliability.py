@@ -1,0 +1,169 @@
+"""A run may be killed at any moment: it goes on and ends in the same bits; a dead rank is named."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+from tests.tools import PROGRAM, ROOT, TINY, write_data
+
+KEPT = {"CHECKPOINT_EVERY_SECONDS": "0.001", "TRAIN_LOG_EVERY": "1", "RUN_ID": "log"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def start(folder, data, launcher=(), **settings):
+    """The program as a process of its own that goes on by itself."""
+    env = {k: v for k, v in os.environ.items() if not t.is_ours(k) and k != "PRESET"}
+    given = {**TINY, **KEPT, "DATA_PATH": data, "ARTIFACT_DIR": folder, **settings}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(PROGRAM)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**env, "OMP_NUM_THREADS": "1",
+                                     **{k: str(v) for k, v in given.items()}})
+
+
+def wait_for(process, path, pattern, seconds=120):
+    """Until the log has a line like `pattern`, or the process has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and re.search(pattern, path.read_text(), re.MULTILINE):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{pattern}: not in the log in {seconds} s: {process.communicate()}")
+
+
+def finished(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def score(text):
+    found = re.findall(r"^quantized_ttt_phased val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE)
+    (line,) = set(found)
+    return line
+
+
+def weights(folder):
+    return torch.load(folder / "final_model.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
+    """kill -9 twice in training and once while the artifact is scored, against a quiet run."""
+    data, rng = write_data(tmp_path / "data"), random.Random(7)
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    want = score(finished(start(quiet, data, CHECKPOINT_EVERY_SECONDS=0, ITERATIONS=20)))
+    moments = [*(rf"^{rng.randrange(a, a + 5)}/20 train_loss" for a in (2, 10)), r"^ttt_phase"]
+    log = killed / "log.txt"
+    for moment in moments:
+        process = start(killed, data, ITERATIONS=20)
+        wait_for(process, log, moment)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.wait()
+        assert "total_eval_time" not in log.read_text()
+    text = finished(start(killed, data, ITERATIONS=20))
+    assert re.search(r"^resumed: scoring round:\d+ batch:\d+", text, re.MULTILINE)
+    assert len(re.findall(r"^resumed: step:\d+", log.read_text(), re.MULTILINE)) == 2
+    assert score(text) == want
+    a, b = weights(quiet), weights(killed)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert (quiet / "final_model.int6.ptz").read_bytes() == (
+        killed / "final_model.int6.ptz").read_bytes()
+    assert not list(killed.glob("checkpoint*"))
+
+
+def test_sigterm_saves_and_the_clock_goes_on(tmp_path):
+    """A wallclock run that SIGTERM ends: exit code 143, and the budget is what was left of it."""
+    data, folder = write_data(tmp_path / "data"), tmp_path / "out"
+    given = dict(CHECKPOINT_EVERY_SECONDS=1000, ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=4,
+                 GPTQ_RESERVE_SECONDS=0, PREQUANT_ONLY=1)
+    process = start(folder, data, **given)
+    wait_for(process, folder / "log.txt", r"^20/100000 train_loss")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    step, spent = re.search(r"^checkpoint: step:(\d+) train_time:(\d+)ms$", out, re.M).groups()
+    assert f"stopped by SIGTERM after step {step}" in out
+    text = finished(start(folder, data, **given))
+    assert f"resumed: step:{step} train_time:{spent}ms" in text
+    assert re.search(rf"^{int(step) + 1}/100000 train_loss", text, re.M)
+    assert 4000 <= int(re.search(r"^training stopped: train_time: (\d+)ms", text, re.M)[1]) < 6000
+
+
+def test_a_checkpoint_of_another_run_is_refused(program, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Ema, "swap_in", kill)
+        with pytest.raises(Killed):
+            program(CHECKPOINT_EVERY_SECONDS=0.001)
+    path = program.out / "checkpoint.pt"
+    assert path.exists()
+    code, _, err = program(CHECKPOINT_EVERY_SECONDS=1, MATRIX_LR=0.5)
+    assert code == 2 and "of a run with other MATRIX_LR" in err and err.count("\n") == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    code, _, err = program(CHECKPOINT_EVERY_SECONDS=1)
+    assert code == 2 and "unreadable checkpoint" in err and err.count("\n") == 1
+    path.write_bytes(whole)
+    code, out, _ = program(CHECKPOINT_EVERY_SECONDS=1, TTT_ENABLED=0)  # another evaluation
+    assert code == 2
+    code, out, _ = program(CHECKPOINT_EVERY_SECONDS=1)
+    assert code == 0 and re.search(r"^resumed: step:[56] ", out, re.M) and not path.exists()
+
+
+def rank_of(process, rank, folder):
+    """The process id of a rank, as its environment tells it."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            env = (place / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if f"RANK={rank}" in env and f"ARTIFACT_DIR={folder}" in env:
+            return int(place.name)
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_dead_rank_ends_the_run_by_name(tmp_path, how):
+    """Within 60 s, killed or without a sign of life; then a restart goes on from the checkpoint."""
+    data, folder = write_data(tmp_path / "data"), tmp_path / "out"
+    process = start(folder, data, TORCHRUN, ITERATIONS=3000, PREQUANT_ONLY=1, TRAIN_LOG_EVERY=5)
+    wait_for(process, folder / "log.txt", r"^20/3000 train_loss")
+    victim, began = rank_of(process, 1, folder), time.monotonic()
+    os.kill(victim, how)
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        if how == signal.SIGSTOP and os.path.exists(f"/proc/{victim}"):
+            os.kill(victim, signal.SIGKILL)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert f"rank 1 (process {victim} on " in err and "has died" in err
+
+
+@pytest.mark.dist
+def test_torchrun_restarts_from_the_checkpoint(tmp_path):
+    data, folder = write_data(tmp_path / "data"), tmp_path / "out"
+    process = start(folder, data, (*TORCHRUN, "--max-restarts=1"), ITERATIONS=60, PREQUANT_ONLY=1)
+    wait_for(process, folder / "log.txt", r"^20/60 train_loss")
+    os.kill(rank_of(process, 1, folder), signal.SIGKILL)
+    text = finished(process)
+    step = int(re.search(r"^resumed: step:(\d+) ", text, re.M)[1])
+    assert 15 <= step < 60 and "60/60 val_loss" in text
+    finished(start(tmp_path / "quiet", data, TORCHRUN, ITERATIONS=60, PREQUANT_ONLY=1))
+    a, b = weights(folder), weights(tmp_path / "quiet")
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)

@@ -1,0 +1,71 @@
+"""report.py: one file that holds everything, a picture for every plot, units on every axis."""
+
+import json
+import re
+
+import pytest
+
+import submission as s
+from tests.test_submission import with_result, write_logs
+
+pytest.importorskip("matplotlib")
+import report  # noqa: E402
+
+HEADER = """  warmdown_frac: 0.85
+  min_lr: 0.1
+  enable_looping_at: 0.35
+  train_seq_len: 2048
+"""
+BODY = """val_tokens: 47853343
+1/4931 train_loss: 9.0 train_time: 0.1m tok/s: 9
+500/4931 train_loss: 3.1 train_time: 1.0m tok/s: 9
+layer_loop:on step:2900 frac:0.350
+4931/4931 val_loss: 2.33 val_bpb: 1.065
+ttt_progress: 100/47853343 targets of rank 0 val_loss:2.3 val_bpb:1.07 time:20.0s
+"""
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """Three logs in which every plot finds what it needs."""
+    paths = write_logs(tmp_path, (42, 1.0611), (0, 1.0620), (1234, 1.0602))
+    for path in paths:
+        text = path.read_text().replace("  model_dim: 512\n", "  model_dim: 512\n" + HEADER)
+        path.write_text(text.replace("training stopped", BODY + "training stopped"))
+        sizes = {"model": 15870000, "code": 27000, "total": 15897000,
+                 "groups": {"directory": 9000, "rest": 61000, "query": 15800000}}
+        with_result(path, bytes=sizes, peak_memory_mib=41234, quantisation_seconds=9.0,
+                    compression_seconds=80.0, by_length=[[0, 0, 0]] * 5 + [[900.0, 300, 600]])
+    return paths
+
+
+def test_every_plot_is_in_the_report(logs, tmp_path):
+    place = tmp_path / "report" / "report.html"
+    report.write(logs, place)
+    text = place.read_text()
+    assert text.count("data:image/png;base64,") == len(report.PLOTS) == 8
+    assert "the logs do not say" not in text and not re.search(r'(src|href)="(?!data:)', text)
+    assert len(list(place.parent.glob("report_*.png"))) == 8
+    assert "<li>none</li>" in text and "<td>42</td>" in text
+
+
+def test_axes_have_units(logs):
+    for plot in report.PLOTS:
+        with report.plt.rc_context(report.STYLE):
+            figure, ax = report.plt.subplots()
+            plot(ax, [report.Log(path) for path in logs])
+            assert ax.get_xlabel() and ax.get_ylabel() and ax.get_title(), plot.__name__
+            report.plt.close(figure)
+
+
+def test_what_logs_lack_is_said(logs, tmp_path):
+    for path in logs:
+        lines = path.read_text().splitlines()
+        told = json.loads(lines[-1])
+        del told["result"]["by_length"]
+        path.write_text("\n".join([*lines[:-1], json.dumps(told)]) + "\n")
+    place = tmp_path / "report.html"
+    report.write(logs, place)
+    assert "by_length: the logs do not say" in place.read_text()
+    with pytest.raises(s.UserError):
+        report.write([tmp_path / "none.txt"], place)
