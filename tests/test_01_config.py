@@ -167,7 +167,7 @@ def test_tiny_is_a_configuration():
     assert cfg.architecture().keys() >= {"vocab_size", "num_layers", "model_dim", "hidden_dim"}
 
 
-@pytest.mark.parametrize("name", ["AWQ_LITE_ENABLED", "NGRAM_TILT_ENABLED", "ASYM_LOGIT_RESCALE"])
+@pytest.mark.parametrize("name", ["SKYLIGHT_UW_FLOOR", "MTP_NUM_HEADS", "SWA_ENABLED"])
 def test_techniques_that_are_lacking_are_refused_not_ignored(name):
     with pytest.raises(t.UserError, match=f"{name}: no such setting"):
         t.Config.from_env({name: "1"})
