@@ -32,6 +32,7 @@ FIGURES = {
     "bytes_total": (r"^Total submission size quantized\+\w+: (\d+) bytes", int),
     "eval_time_ms": (r"^quantized_ttt_phased .*eval_time:(\d+)ms", int),
     "total_eval_time_s": (r"^total_eval_time:(\S+)s", float),
+    "illegal": (r"^illegal: (.+)$", str),  # why the challenge would refuse this score; null: legal
 }
 STATISTICS = ("prequant_val_bpb", "quantized_val_bpb", "val_loss", "val_bpb", "bytes_total")
 FREE = {"SEED", "RUN_ID", "ARTIFACT_DIR"}  # settings in which the logs of one submission may differ
@@ -113,6 +114,8 @@ def table(submission: dict[str, Any]) -> str:
         means = (cell(s.get(f"{n}_mean"), ".5f") for n in STATISTICS[:2] + STATISTICS[3:4])
         spread = cell(s.get("val_bpb_std"), ".5f")
         rows.append(f"| mean | {' | '.join(means)} (std {spread}, n = {s['runs']}) | | | |")
+    reasons = dict.fromkeys(run["illegal"] for run in submission["seeds"] if run.get("illegal"))
+    rows += [f"\nIllegal: {reason}." for reason in reasons]
     return "\n".join(rows)
 
 

@@ -1353,10 +1353,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AttentionParameters(nn.Module):
     """The small tensors of one attention layer; its matrices live in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        if cfg.gated_xsa:
+        if cfg.gated_xsa and layer >= cfg.num_layers - cfg.xsa_last_n:
             self.xsa_alpha = nn.Parameter(torch.zeros(cfg.num_heads))
         if cfg.sparse_attn_gate_enabled:
             self.attn_gate_w = nn.Parameter(torch.zeros(cfg.num_heads, cfg.gate_window))
@@ -1365,9 +1365,9 @@ class AttentionParameters(nn.Module):
 class Block(nn.Module):
     """The small tensors of one block."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.attn = AttentionParameters(cfg)
+        self.attn = AttentionParameters(cfg, layer)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         mix = torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)))
@@ -1394,7 +1394,7 @@ class GPT(nn.Module):
         self.kv_bank = nn.Parameter(torch.empty(2 * n, kv, d))
         self.mlp_up_bank = nn.Parameter(torch.empty(n, hidden, d))
         self.mlp_down_bank = nn.Parameter(torch.empty(n, d, hidden))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(n))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), d))
         if cfg.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), d))
@@ -2209,8 +2209,8 @@ def spread(starts: Tensor, size: int, cols: int) -> Tensor:
 
 
 @torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, damp: float = 0.01, fine: Tensor | None = None,
-         finer: Grid | None = None, block: int = 128) -> tuple[Tensor, Tensor]:
+def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128, damp: float = 0.01,
+         fine: Tensor | None = None, finer: Grid | None = None) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
 
     W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s.
@@ -2325,7 +2325,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
             size = torch.tensor([cfg.awq_lite_group_size], dtype=torch.int16)
             out.update({f"{m.name}.awq_start": starts, f"{m.name}.awq_size": size,
                         f"{m.name}.awq_s": finer.steps(W)})
-        q, s = gptq(W, hessians[m.source], grid, cfg.gptq_damp_factor, fine, finer)
+        q, s = gptq(W, hessians[m.source], grid, damp=cfg.gptq_damp_factor, fine=fine, finer=finer)
         out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
         errors[m.name] = W - decode_gptq(q, s)
         if fine is not None:
@@ -2673,6 +2673,7 @@ def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
     folder = data_folder(cfg)
     stream, sides = TokenStream(shard_paths(folder, "fineweb_val_*.bin")), []
+    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     for path, shard in zip(stream.paths, stream.shards, strict=True):
         side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
         if not side.is_file() and not cfg.caseops_enabled and cfg.tokenizer_path:
@@ -2690,7 +2691,6 @@ def load_val(cfg: Config) -> ValSet:
         if wrong.size:
             raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
                             f"of {path.name}; prepare both again, together")
-    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     if ids[0] != BOS:
         raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
     if len(ids) < cfg.eval_seq_len + 1:
