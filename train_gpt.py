@@ -311,6 +311,8 @@ class Config:
             (self.lqer_rank <= self.kv_dim, "LQER_RANK must be at most NUM_KV_HEADS * head width"),
             (not (self.ngram_tilt_enabled and self.ngram_mixer),
              "of NGRAM_TILT_ENABLED and NGRAM_MIXER at most one can be on"),
+            (self.tokenizer_path or not (self.ngram_tilt_enabled and self.word_experts),
+             "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0,
@@ -334,11 +336,14 @@ class Config:
             raise UserError(f"{name.upper()}={getattr(self, name)}: must be numbers as in "
                             f"512{mark}1,1024{mark}2") from None
 
+    @property
+    def word_experts(self) -> bool:
+        return self.within_boost > 0 or self.word_boost > 0
+
     def illegal(self) -> list[str]:
         """Why the challenge would refuse a score made with these settings."""
-        words = self.ngram_tilt_enabled and (self.within_boost or self.word_boost)
         reasons = (
-            (words and self.ngram_target_gate,
+            (self.ngram_tilt_enabled and self.word_experts and self.ngram_target_gate,
              "NGRAM_TARGET_GATE=1 gives a hint by the class of the token being scored"),
             (self.ngram_mixer == "hashed",
              "NGRAM_MIXER=hashed is no distribution: it does not sum to one over the vocabulary"),
@@ -3471,7 +3476,7 @@ class ScoreRules:
 
     def __init__(self, cfg: Config, rt: Runtime, model: GPT, val: ValSet):
         self.cfg, self.rt, self.model, self.count = cfg, rt, model, len(val.ids) - 1
-        pieces = read_pieces(cfg) if cfg.within_boost or cfg.word_boost else None
+        pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
         classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
         self.classes, self.kinds = torch.from_numpy(classes).to(rt.device), ()
         if cfg.ngram_tilt_enabled:

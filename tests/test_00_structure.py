@@ -30,7 +30,7 @@ LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
-    "mix_lanes", "update", "load_train", "row", "decode_gptq",
+    "word_experts", "mix_lanes", "update", "load_train", "row", "decode_gptq",
     "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
     "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }

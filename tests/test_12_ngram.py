@@ -124,7 +124,7 @@ def test_experts_are_the_twins(seed, published):
     ids = stream(2500, seed)
     cfg = tiny(token_order=4, token_threshold=0.5, within_boost=0.75, within_tau=0.3, word_tau=0.2,
                word_boost=1.0, agree_add_boost=0.5, word_order=3 + seed % 2,
-               ngram_tilt_enabled=True, ngram_target_gate=published, allow_illegal=published)
+               ngram_target_gate=published)
     classes, lines = t.token_classes(PIECES)[2], []
     got = t.tilt_table(ids, cfg, PIECES, lines.append)
     found = {0: [(int(h[0]), h[1] / h[2]) if h else None for h in token_twin(ids, 4)],
@@ -154,8 +154,7 @@ def test_experts_are_the_twins(seed, published):
 def test_a_legal_hint_does_not_depend_on_what_follows():
     """Tables of the prefix alone are the tables of the stream; as published they are not."""
     ids = stream(600, 7)
-    cfg = tiny(token_order=4, token_threshold=0.4, within_boost=0.75, word_boost=0.75, word_tau=0.1,
-               ngram_tilt_enabled=True, allow_illegal=True)
+    cfg = tiny(token_order=4, token_threshold=0.4, within_boost=0.75, word_boost=0.75, word_tau=0.1)
     other = ids.copy()
     other[401:] = stream(199, 8)[:199]
     for gate in (False, True):
@@ -281,7 +280,8 @@ def test_mixture_sums_to_one_and_its_weight_is_the_published_one():
 
 
 @pytest.mark.parametrize("environ", [
-    {"NGRAM_TILT_ENABLED": "1", "WITHIN_BOOST": "0.75", "NGRAM_TARGET_GATE": "1"},
+    {"NGRAM_TILT_ENABLED": "1", "WITHIN_BOOST": "0.75", "NGRAM_TARGET_GATE": "1",
+     "TOKENIZER_PATH": "a"},
     {"NGRAM_MIXER": "hashed"}, {"SLOT_ENABLED": "1", "SLOT_FIT": "scored"},
     {"TTT_SECOND_PASS_FRAC": "0.1"},
 ], ids=lambda e: next(iter(e)) + "=" + next(iter(e.values())))
@@ -291,5 +291,8 @@ def test_illegal_settings_need_a_word_and_have_a_reason(environ):
     cfg = t.Config.from_env(TINY | environ | {"ALLOW_ILLEGAL": "1"})
     (reason,) = cfg.illegal()
     assert reason in str(caught.value)
-    assert not tiny(ngram_tilt_enabled=True, within_boost=0.75, word_boost=0.75).illegal()
+    words = {"ngram_tilt_enabled": True, "within_boost": 0.75, "word_boost": 0.75}
+    assert not tiny(**words, tokenizer_path="a").illegal()
+    with pytest.raises(t.UserError, match="TOKENIZER_PATH"):
+        tiny(**words)
     assert not tiny(ngram_mixer="exact", slot_enabled=True).illegal()
