@@ -3279,17 +3279,6 @@ def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.n
     return y[rose[at - 1]], before, total - total[first]
 
 
-class Expert(NamedTuple):
-    """A source of hints: contexts, what it learns from, and its gate and boost."""
-
-    ends: np.ndarray
-    run: np.ndarray
-    learn: np.ndarray  # [n] whether ids[t + 1] is of its kind: only that is entered and hinted
-    least: float
-    boost: float
-    kind: int  # row of the token classes
-
-
 def token_classes(pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """bool [V] which pieces start a word and which end one without (control, white space), and
     bool [3, V]: any token, one that continues a word, one that starts it."""
@@ -3337,29 +3326,30 @@ def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
     at, experts = np.arange(len(ids)), []
     first = np.maximum(at - (cfg.token_order - 2), 0)
     found = contexts(ids, first, at[cfg.token_order - 2 :])
-    experts.append(Expert(*found, np.ones(len(ids), bool), cfg.token_threshold, cfg.token_boost, 0))
+    # what each learns from and hints at: targets of its class, a row of `token_classes`
+    experts.append((*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0))
     if pieces:
         start, closed, classes = token_classes(pieces)
         both = word_contexts(ids, start, closed, cfg, pieces)
         for kind, least, boost in ((1, cfg.within_tau, cfg.within_boost),
                                    (2, cfg.word_tau, cfg.word_boost)):
-            experts.append(Expert(*next(both), classes[kind][y], least, boost, kind))
+            experts.append((*next(both), classes[kind][y], least, boost, kind))
     hints, gains = np.full((len(experts), len(ids)), -1, np.int32), np.full(len(ids), -np.inf)
     hint, boost = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.float32)
     kind = np.zeros(len(ids), np.uint8)
-    for row, e in zip(hints, experts, strict=True):
-        top, count, total = best_before(e.run, y[e.ends], e.learn[e.ends])
+    for row, (ends, run, learn, least, beta, number) in zip(hints, experts, strict=True):
+        top, count, total = best_before(run, y[ends], learn[ends])
         p = count / np.maximum(total, 1)
-        opened = (total > 0) & (p >= e.least) & (e.boost > 0)
+        opened = (total > 0) & (p >= least) & (beta > 0)
         if cfg.ngram_target_gate:
-            opened &= e.learn[e.ends]
-        t, top, p = e.ends[opened], top[opened], p[opened]
+            opened &= learn[ends]
+        t, top, p = ends[opened], top[opened], p[opened]
         row[t] = top
-        gain = p * e.boost - np.log1p(p * math.expm1(e.boost))
+        gain = p * beta - np.log1p(p * math.expm1(beta))
         better = gain > gains[t]
         t = t[better]
-        gains[t], hint[t], boost[t] = gain[better], top[better], e.boost
-        kind[t] = 0 if cfg.ngram_target_gate else e.kind
+        gains[t], hint[t], boost[t] = gain[better], top[better], beta
+        kind[t] = 0 if cfg.ngram_target_gate else number
     agree = ((hints == hint) & (hint >= 0)).sum(0) >= 2
     boost[agree] += cfg.agree_add_boost
     gates = [*(hints >= 0).sum(1).tolist(), 0, 0]
@@ -3375,13 +3365,11 @@ def exact_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
     D the counts of the token, of all and of different ones after the context,
     p <- (c + D p) / (C + D), which sums to one over the vocabulary if p does."""
     y, at = ids[1:], np.arange(len(ids) - 1)
-    p = unigrams(ids, cfg.vocab_size)
-    ends = at
+    p, ends = unigrams(ids, cfg.vocab_size), at
     for length in range(1, cfg.ngram_order):
         ends = np.sort(ends[ends >= length - 1])
         ends, run = contexts(ids[:-1], np.maximum(at - length + 1, 0), ends)
-        every = np.ones(len(ends), bool)
-        c, first = counts_before(run, y[ends], every), run_starts(run)
+        c, first = counts_before(run, y[ends], ends >= 0), run_starts(run)
         total, new = np.arange(len(ends)) - first, np.cumsum(c == 0) - (c == 0)
         kinds = new - new[first]
         p[ends] = np.where(total > 0, (c + kinds * p[ends]) / np.maximum(total + kinds, 1), p[ends])
@@ -3390,9 +3378,7 @@ def exact_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
 
 def unigrams(ids: np.ndarray, vocab: int) -> np.ndarray:
     """p(ids[t + 1]) [n-1] from the counts of ids[: t + 1], half a count added to each token."""
-    order = np.argsort(ids, kind="stable")
-    count = np.empty(len(ids), np.int64)
-    count[order] = np.arange(len(ids)) - run_starts(ids[order])
+    count = counts_before(np.zeros_like(ids), ids, ids >= 0)
     return (count[1:] + 0.5) / (np.arange(1, len(ids)) + 0.5 * vocab)
 
 
@@ -3405,17 +3391,13 @@ def hashed_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
     count decides. Here a token enters once, at once; there 32 times, after a batch of windows."""
     p = unigrams(ids, cfg.vocab_size)
     for order in range(2, min(cfg.ngram_order, len(ids)) + 1):
-        y = ids[order - 1 :]
-        key, counts = np.zeros(len(y), np.int64), []
-        for k in range(order - 1):  # the oldest first
-            key ^= ids[k : k + len(y)] * HASH_PRIMES[k % 10]
-        for bucket in (key, key ^ y * HASH_PRIMES[(order - 1) % 10]):
-            bucket = bucket & (cfg.ngram_buckets - 1)
-            place, found = np.argsort(bucket, kind="stable"), np.empty(len(y), np.int64)
-            found[place] = np.arange(len(y)) - run_starts(bucket[place])
-            counts.append(found)
-        share = np.minimum(*counts) / np.maximum(counts[0], 1)
-        p[order - 2 :] = np.where(counts[0] > 0, share, p[order - 2 :])
+        nothing = np.zeros_like(ids[order - 1 :])
+        parts = (ids[k : k + len(nothing)] * HASH_PRIMES[k % 10] for k in range(order))
+        *_, before, key = itertools.accumulate(parts, np.bitwise_xor)  # oldest first, target last
+        context, whole = (counts_before(nothing, x & (cfg.ngram_buckets - 1), nothing == 0)
+                          for x in (before, key))
+        share = np.minimum(context, whole) / np.maximum(context, 1)
+        p[order - 2 :] = np.where(context > 0, share, p[order - 2 :])
     return np.log(np.maximum(p, 1e-12))
 
 
