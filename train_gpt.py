@@ -404,7 +404,7 @@ GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "COMPILE", "DATA", "ENABLE", "FORCE
            "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP", "TOKEN"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
-PREFIXES |= {"MTP", "SWA", "UW"}
+PREFIXES |= {"MTP", "SWA"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 
 
