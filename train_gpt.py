@@ -631,7 +631,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 # §3 Kernels
 # ==================================================================================================
 # Each kernel stands under its `*_ref` twin: its documentation, its test and, where it cannot run,
-# its stand-in. Calls go through operators that torch.compile does not look into: no graph breaks.
+# its stand-in. An autograd function launches it forward and backward.
 
 try:
     import triton
@@ -644,7 +644,6 @@ except ImportError:  # without Triton the kernels stay plain functions that noth
     triton, jit = None, lambda kernel: kernel
 
 
-@torch.compiler.assume_constant_result
 def use_triton(device: torch.device) -> bool:
     """Whether Triton kernels run on `device`: CUDA from sm80, or the CPU under the interpreter.
 
@@ -667,15 +666,6 @@ def _programs(x: Tensor, tiles: int, each: int) -> int:
     if not x.is_cuda:  # under the interpreter, so that each walks over several tiles
         return min(tiles, 2)
     return min(tiles, each * torch.cuda.get_device_properties(x.device).multi_processor_count)
-
-
-def operator(fake: Callable) -> Callable:
-    """Decorator: a torch.library operator; `fake` makes empty outputs from the same arguments."""
-    def register(function):
-        op = torch.library.custom_op(f"train_gpt::{function.__name__}", function, mutates_args=())
-        op.register_fake(fake)
-        return op
-    return register
 
 
 # ---- softcap + cross-entropy
@@ -710,7 +700,7 @@ def _tanh(u):
 def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-    t, slope = _tanh(z / cap)
+    t, slope = _tanh(z * (1.0 / cap))
     logits = tl.where(cols < V, cap * t, -1e38)
     top, target = tl.max(logits, 0), tl.load(target_ptr + row)
     e = tl.exp(logits - top)
@@ -724,34 +714,26 @@ def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr
 MOST_LOGITS = 16384  # of a row that a program holds in registers
 
 
-@operator(lambda h, w, targets, cap: (
-    h.new_empty(h.shape[0], dtype=torch.float32),
-    h.new_empty(h.shape if w is None else (h.shape[0], w.shape[0]))))
-def softcap_ce(h: Tensor, w: Tensor | None, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses [N] float32, their gradients dz [N, V]) for z = h w^T, or z = h without w."""
-    z = h.contiguous() if w is None else h @ w.T
-    dz = torch.empty_like(z) if w is None else z
-    (N, V), losses = z.shape, z.new_empty(z.shape[0], dtype=torch.float32)
-    if N:
-        _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap,
-                        BLOCK=triton.next_power_of_2(V), num_warps=16 if V > 8192 else 8)
-    return losses, dz
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Losses for z = h w^T, or z = h without w; keeps their gradients dz [N, V] in z's place."""
 
+    @staticmethod
+    def forward(ctx, h: Tensor, w: Tensor | None, targets: Tensor, cap: float) -> Tensor:
+        z = h.contiguous() if w is None else h @ w.T
+        dz = torch.empty_like(z) if w is None else z
+        (N, V), losses = z.shape, z.new_empty(z.shape[0], dtype=torch.float32)
+        if N:
+            _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap,
+                            BLOCK=triton.next_power_of_2(V), num_warps=16)
+        ctx.save_for_backward(None if w is None else h, w, dz)
+        return losses
 
-def _softcap_ce_save(ctx, inputs, output):
-    h, w, _targets, _cap = inputs
-    ctx.save_for_backward(None if w is None else h, w, output[1])
-    ctx.set_materialize_grads(False)  # dz never leaves this section
-
-
-def _softcap_ce_grad(ctx, dlosses, _ddz):
-    (h, w, dz), scale = ctx.saved_tensors, dlosses[:, None]
-    if w is None:
-        return dz * scale.to(dz.dtype), None, None, None
-    return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None
-
-
-softcap_ce.register_autograd(_softcap_ce_grad, setup_context=_softcap_ce_save)
+    @staticmethod
+    def backward(ctx, dlosses: Tensor) -> tuple:
+        (h, w, dz), scale = ctx.saved_tensors, dlosses[:, None]
+        if w is None:
+            return dz * scale.to(dz.dtype), None, None, None
+        return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None
 
 
 def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
@@ -763,7 +745,7 @@ def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
     in nats. Gradients have z's dtype. A learnt cap, see `softcap`, takes the twin.
     """
     if isinstance(cap, float) and fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
-        return softcap_ce(z, w, targets, cap)[0]
+        return SoftcapCrossEntropy.apply(z, w, targets, cap)
     return softcap_cross_entropy_ref(z if w is None else z @ w.T, targets, cap)
 
 
@@ -775,13 +757,16 @@ def leaky_mlp_ref(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 
 
 # Saves the passes over [N, h] (0.4 GB each at N=98304, h=2048) after the two large products: with
-# f(z) = max(z, slope z)^2, act = f(x up^T) and dpre = (dy down) f'(pre) leave the registers done.
+# pre = x up^T and f(z) = max(z, slope z)^2, act = f(pre) and dpre = (dy down) f'(pre) leave the
+# registers done. pre is not kept: |f'| follows from f, and the last bit of act is pre's sign. An
+# act off by at most one unit in the last place is as near as the square of a rounded pre.
 # Persistent: the next tile's TMA loads overlap this one's epilogue. Tiles run along h first, so
 # that programs side by side share a few row blocks of `a`; all of `b` stays in L2.
 @jit
-def _leaky_mlp(a_desc, b_desc, pre_desc, out_desc, N, depth, width, slope,
-               BACKWARD: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _leaky_mlp(a_desc, b_desc, act_desc, out_desc, N, depth, width, slope,
+               BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
+               PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr):
     across = tl.cdiv(width, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM) * across, PROGRAMS, flatten=True):
         row, col = (tile // across) * BM, (tile % across) * BN
@@ -794,13 +779,18 @@ def _leaky_mlp(a_desc, b_desc, pre_desc, out_desc, N, depth, width, slope,
         for i in tl.static_range(2):  # half the staging memory: room for one more stage of loads
             half, at = halves[i], col + i * (BN // 2)
             if BACKWARD:
-                pre = pre_desc.load([row, at]).to(tl.float32)
-                out = half * tl.where(pre > 0.0, 2.0 * pre, 2.0 * slope * slope * pre)
+                act = act_desc.load([row, at])
+                slopes = tl.where((act.to(BITS, bitcast=True) & 1) == 0, 2.0, -2.0 * slope)
+                out = (half * slopes * tl.sqrt(act.to(tl.float32))).to(out_desc.dtype)
             else:
-                pre_desc.store([row, at], half.to(pre_desc.dtype))
-                act = tl.maximum(half, slope * half)
-                out = act * act
-            out_desc.store([row, at], out.to(out_desc.dtype))
+                leaky = tl.maximum(half, slope * half)
+                act = leaky * leaky
+                near = act.to(out_desc.dtype)
+                bits = near.to(BITS, bitcast=True)
+                step = tl.where(act >= near.to(tl.float32), 1, -1)  # to the next on act's side
+                wrong = (bits & 1) != (half < 0.0).to(BITS)
+                out = tl.where(wrong, bits + step, bits).to(BITS).to(out_desc.dtype, bitcast=True)
+            out_desc.store([row, at], out)
 
 
 # (BM, BN, BK, warps, stages) by bytes an element, then forward, backward. At 2 bytes, all that
@@ -809,55 +799,42 @@ LEAKY_MLP_TILES = {2: ((128, 256, 64, 8, 4), (128, 256, 64, 8, 3)),
                    4: ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2))}
 
 
-def _launch_leaky_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor,
+def _launch_leaky_mlp(a: Tensor, b: Tensor, act: Tensor, out: Tensor,
                       slope: float, backward: bool) -> None:
-    (N, depth), width = a.shape, pre.shape[1]
+    (N, depth), width = a.shape, act.shape[1]
     BM, BN, BK, warps, stages = LEAKY_MLP_TILES[a.element_size()][backward]
     programs = _programs(a, triton.cdiv(N, BM) * triton.cdiv(width, BN), 1)
     blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 2], [BM, BN // 2]
-    tensors = a.contiguous(), b.contiguous(), pre, out
+    tensors = a.contiguous(), b.contiguous(), act, out
     described = map(TensorDescriptor.from_tensor, tensors, blocks)
     exact = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     if programs:
         _leaky_mlp[programs,](
             *described, N, depth, width, slope, BACKWARD=int(backward), PROGRAMS=programs,
             PRECISION="ieee" if exact else "tf32", BM=BM, BN=BN, BK=BK,
-            num_warps=warps, num_stages=stages)
+            BITS=tl.int16 if a.element_size() == 2 else tl.int32, num_warps=warps,
+            num_stages=stages)
 
 
-@operator(lambda x, up, down, slope: (x.new_empty(x.shape), x.new_empty(x.shape[0], up.shape[0]),
-                                      x.new_empty(x.shape[0], up.shape[0])))
-def leaky_mlp_forward(x: Tensor, up: Tensor, down: Tensor,
-                      slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, d], and for the backward pass pre = x up^T and act = f(pre), both [N, h]."""
-    pre, act = (x.new_empty(x.shape[0], up.shape[0]) for _ in range(2))
-    _launch_leaky_mlp(x, up, pre, act, slope, backward=False)
-    return act @ down.T, pre, act
+class LeakyMlp(torch.autograd.Function):
+    """Keeps act [N, h], with the signs in its last bits."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        act = x.new_empty(x.shape[0], up.shape[0])
+        _launch_leaky_mlp(x, up, act, act, slope, backward=False)
+        ctx.save_for_backward(x, up, down, act)
+        ctx.slope = slope
+        return act @ down.T
 
-@operator(lambda dy, down, pre, slope: pre.new_empty(pre.shape))
-def leaky_mlp_dpre(dy: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """dpre [N, h] = (dy down) f'(pre); dy [N, d], down [d, h], pre [N, h]."""
-    dpre = pre.new_empty(pre.shape)
-    _launch_leaky_mlp(dy, down, pre, dpre, slope, backward=True)
-    return dpre
-
-
-def _leaky_mlp_save(ctx, inputs, output):
-    x, up, down, ctx.slope = inputs
-    ctx.save_for_backward(x, up, down, *output[1:])
-    ctx.set_materialize_grads(False)  # nothing flows into pre and act: make no [N, h] zeros
-
-
-def _leaky_mlp_grad(ctx, dy, _dpre, _dact):
-    x, up, down, pre, act = ctx.saved_tensors
-    need_x, need_up, need_down, _ = ctx.needs_input_grad
-    dpre = leaky_mlp_dpre(dy, down, pre, ctx.slope)
-    return (dpre @ up if need_x else None, dpre.T @ x if need_up else None,
-            dy.T @ act if need_down else None, None)
-
-
-leaky_mlp_forward.register_autograd(_leaky_mlp_grad, setup_context=_leaky_mlp_save)
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, up, down, act = ctx.saved_tensors
+        need_x, need_up, need_down, _ = ctx.needs_input_grad
+        dpre = torch.empty_like(act)
+        _launch_leaky_mlp(dy, down, act, dpre, ctx.slope, backward=True)
+        return (dpre @ up if need_x else None, dpre.T @ x if need_up else None,
+                dy.T @ act if need_down else None, None)
 
 
 def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -868,7 +845,7 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """
     aligned = all(t.shape[1] * t.element_size() % 16 == 0 for t in (up, down))
     if fused(x) and aligned:
-        return leaky_mlp_forward(x, up, down, slope)[0]
+        return LeakyMlp.apply(x, up, down, slope)
     return leaky_mlp_ref(x, up, down, slope)
 
 
@@ -893,7 +870,7 @@ def mix_skip(a: Tensor, skip: Tensor, lerp: Tensor) -> Tensor:
 
 def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
                  x0: Tensor | None, mix: Tensor | None, scale: float, window: int) -> tuple:
-    """a, m, skip, x0 [..., d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[..., :window]).
+    """a, m, skip, x0 [..., d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[..., :window], x0).
 
     u is a + m with the skip (weight lerp[0], gate lerp[1]) and x0 mixed in; n = rms(u) * scale."""
     a = a if m is None else a + m
@@ -901,7 +878,7 @@ def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor 
     if mix is not None:
         u = mix[0].to(a.dtype) * u + mix[1].to(a.dtype) * x0
     n = rms(u) * scale
-    return a, u, n, n[..., :window]
+    return a, u, n, n[..., :window], x0
 
 
 @jit
@@ -943,11 +920,11 @@ def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, 
 # u = mix0 (keep a + join weight skip) + mix1 x0, where keep = sigmoid(gate) and join = 1 - keep, or
 # both 1: every parameter's gradient follows from the sums of a du, x0 du and skip du.
 @jit
-def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_ptr, skip_ptr,
-                       lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d,
-                       window, scale, DA: tl.constexpr, DU: tl.constexpr, DWINDOW: tl.constexpr,
-                       SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):
+def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, dx0_in_ptr, a_ptr, n_ptr, rstd_ptr,
+                       skip_ptr, lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr,
+                       N, d, window, scale, DA: tl.constexpr, DU: tl.constexpr,
+                       DWINDOW: tl.constexpr, DX0: tl.constexpr, SKIP: tl.constexpr,
+                       MIX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     wide = cols < d
     to_a = 1.0
@@ -982,7 +959,10 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, a_ptr, n_ptr, rstd_p
         if MIX:
             sum_a += du * tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
             sum_x0 += du * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx0_ptr + at, (to_x0 * du).to(dx0_ptr.dtype.element_ty), mask=inside)
+            dx0 = to_x0 * du
+            if DX0:
+                dx0 += tl.load(dx0_in_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
         if SKIP:
             sum_skip += du * tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(dskip_ptr + at, (to_skip * du).to(dskip_ptr.dtype.element_ty), mask=inside)
@@ -1008,107 +988,75 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-def _is_there(t: Tensor | None) -> int:
-    return int(t is not None and t.numel() > 0)
+class MixNorm(torch.autograd.Function):
+    """The results that are not given; the gradients of x0 and near that come back from where they
+    were used next are added in the kernel, not in passes of their own."""
 
+    @staticmethod
+    def forward(ctx, a, m, skip, lerp, x0, mix, scale, window):
+        *rows, d = a.shape
+        ctx.set_materialize_grads(False)
+        a, m, skip, lerp, given_x0, mix = _dense(a, m, skip, lerp, x0, mix)
+        whole = None if m is None else torch.empty_like(a)
+        u = None if mix is None else torch.empty_like(a)
+        n, near = torch.empty_like(a), a.new_empty(*rows, window)
+        rstd, tile = a.new_empty(rows, dtype=torch.float32), _tile(a, 4096)
+        if N := rstd.numel():
+            _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
+                a, m, skip, lerp, given_x0, mix, whole, u, n, near, rstd, N, d, window, scale, EPS,
+                ADD=int(m is not None), SKIP=0 if skip is None else len(lerp),
+                MIX=int(mix is not None), WINDOW=int(window > 0), **tile)
+        kept = None if mix is None else a if m is None else whole
+        ctx.save_for_backward(kept, n, rstd, skip, lerp, given_x0, mix)
+        ctx.scale = scale
+        return whole, u, n, near, x0
 
-def _mix_norm_results(a, m, skip, lerp, x0, mix, scale, window):
-    *rows, d = a.shape
-    return (a.new_empty(0 if m is None else a.shape), a.new_empty(0 if mix is None else a.shape),
-            a.new_empty(a.shape), a.new_empty(*rows, window),
-            a.new_empty(rows, dtype=torch.float32))
-
-
-@operator(_mix_norm_results)
-def mix_norm_forward(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
-                     x0: Tensor | None, mix: Tensor | None, scale: float, window: int
-                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(a + m, u, n, n[..., :window], 1/rms); the first and second empty if they are a and a + m."""
-    given, tile = (a, m, skip, lerp, x0, mix), _tile(a, 4096)
-    results = _mix_norm_results(*given, scale, window)
-    if N := results[-1].numel():
-        _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
-            *_dense(*given), *results, N, a.shape[-1], window, scale, EPS, ADD=_is_there(m),
-            SKIP=0 if skip is None else len(lerp), MIX=_is_there(mix), WINDOW=int(window > 0),
-            **tile)
-    return results
-
-
-def _mix_norm_grads(da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, scale):
-    programs = _programs(n, triton.cdiv(rstd.numel(), _tile(n, 2048)["ROWS"]), 4)
-    return (n.new_empty(n.shape), n.new_empty(0 if skip is None else n.shape),
-            n.new_empty(0 if mix is None else n.shape),
-            n.new_empty(programs, 3, n.shape[-1], dtype=torch.float32))
-
-
-@operator(_mix_norm_grads)
-def mix_norm_backward(da: Tensor | None, du: Tensor | None, dn: Tensor, dwindow: Tensor | None,
-                      a: Tensor | None, n: Tensor, rstd: Tensor, skip: Tensor | None,
-                      lerp: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(da and dm in one, dskip, dx0, sums [programs, 3, d] of a du, x0 du and skip du)."""
-    given = da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix
-    grads = _mix_norm_grads(*given, scale)
-    if N := rstd.numel():
-        _mix_norm_backward[len(grads[3]),](
-            *_dense(*given), *grads, N, n.shape[-1], 0 if dwindow is None else dwindow.shape[-1],
-            scale, DA=_is_there(da), DU=_is_there(du), DWINDOW=_is_there(dwindow),
-            SKIP=0 if skip is None else len(lerp), MIX=_is_there(mix), **_tile(n, 2048))
-    return grads
-
-
-def _mix_norm_save(ctx, inputs, output):
-    a, m, skip, lerp, x0, mix, ctx.scale, _window = inputs
-    whole, _u, n, _near, rstd = output
-    kept = None if mix is None else a if m is None else whole
-    ctx.save_for_backward(kept, n, rstd, skip, lerp, x0, mix)
-    ctx.set_materialize_grads(False)
-
-
-def _mix_norm_grad(ctx, da, du, dn, dwindow, _drstd):
-    a, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
-    dn = torch.zeros_like(n) if dn is None else dn
-    dv, dskip, dx0, sums = mix_norm_backward(
-        da, du, dn, dwindow, a, n, rstd, skip, lerp, x0, mix, ctx.scale)
-    _, need_m, need_skip, need_lerp, need_x0, need_mix, *_ = ctx.needs_input_grad
-    dlerp = dmix = None
-    if need_lerp or need_mix:
-        of_a, of_x0, of_skip = sums.sum(0)
-        if skip is not None:
-            weight, *gate = lerp.float()
-            keep, join = (gate[0].sigmoid(), (-gate[0]).sigmoid()) if gate else (1.0, 1.0)
-            dlerp = mix[0] * join * of_skip, mix[0] * keep * join * (of_a - weight * of_skip)
-            dlerp = torch.stack(dlerp[: len(lerp)]).to(lerp.dtype)
-            of_a = keep * of_a + join * weight * of_skip
-        dmix = torch.stack((of_a, of_x0)).to(mix.dtype)
-    return (dv, dv if need_m else None, dskip if need_skip else None, dlerp,
-            dx0 if need_x0 else None, dmix, None, None)
-
-
-mix_norm_forward.register_autograd(_mix_norm_grad, setup_context=_mix_norm_save)
+    @staticmethod
+    def backward(ctx, da, du, dn, dnear, dx0):
+        a, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
+        dn = torch.zeros_like(n) if dn is None else dn
+        da, du, dn, dnear, dx0 = _dense(da, du, dn, dnear, dx0)
+        tile, d, N = _tile(n, 2048), n.shape[-1], rstd.numel()
+        programs = _programs(n, triton.cdiv(N, tile["ROWS"]), 4)
+        dv, dskip, to_x0 = (None if x is None else torch.empty_like(n) for x in (n, skip, mix))
+        sums = n.new_empty(programs, 3, d, dtype=torch.float32)  # of a du, x0 du and skip du
+        if N:
+            _mix_norm_backward[programs,](
+                da, du, dn, dnear, dx0, a, n, rstd, skip, lerp, x0, mix, dv, dskip, to_x0, sums,
+                N, d, 0 if dnear is None else dnear.shape[-1], ctx.scale, DA=int(da is not None),
+                DU=int(du is not None), DWINDOW=int(dnear is not None and dnear.numel() > 0),
+                DX0=int(dx0 is not None), SKIP=0 if skip is None else len(lerp),
+                MIX=int(mix is not None), **tile)
+        dlerp = dmix = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
+            of_a, of_x0, of_skip = sums.sum(0)
+            if skip is not None:
+                weight, *gate = lerp.float()
+                keep, join = (gate[0].sigmoid(), (-gate[0]).sigmoid()) if gate else (1.0, 1.0)
+                dlerp = mix[0] * join * of_skip, mix[0] * keep * join * (of_a - weight * of_skip)
+                dlerp = torch.stack(dlerp[: len(lerp)]).to(lerp.dtype)
+                of_a = keep * of_a + join * weight * of_skip
+            dmix = torch.stack((of_a, of_x0)).to(mix.dtype)
+        return dv, dv if ctx.needs_input_grad[1] else None, dskip, dlerp, to_x0, dmix, None, None
 
 
 def mix_norm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
              lerp: Tensor | None = None, x0: Tensor | None = None, mix: Tensor | None = None,
-             scale: float = 1.0, window: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mix_norm_ref in one kernel; a skip needs a mix. The last result has its own gradient, which
-    the backward kernel adds to n's."""
+             scale: float = 1.0, window: int = 0) -> tuple:
+    """mix_norm_ref in one kernel; a skip needs a mix. Of near and x0 take what it returns."""
     if not fused(a):
         return mix_norm_ref(a, m, skip, lerp, x0, mix, scale, window)
-    whole, u, n, near, _rstd = mix_norm_forward(a, m, skip, lerp, x0, mix, scale, window)
+    whole, u, n, near, x0 = MixNorm.apply(a, m, skip, lerp, x0, mix, scale, window)
     whole = a if m is None else whole
-    return whole, whole if mix is None else u, n, near
+    return whole, whole if mix is None else u, n, near, x0
 
 
 # ---- FlashAttention-4 (twin: attend_ref, §4)
-# It compiles itself when first called, which a graph cannot hold, so its two halves are operators.
 # q, y [N, H, D]; k, v [N, K, D]; cu int32 [S + 1], bounds of the segments, each at most max_len.
 
 FA4 = "flash_attn.cute.interface"
 
 
-@operator(lambda q, k, v, cu, max_len: (
-    q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
     """(y, lse [H, N] float32)."""
     y, lse, *_ = importlib.import_module(FA4)._flash_attn_fwd(
@@ -1117,32 +1065,285 @@ def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_len: int) -> tu
     return y, lse
 
 
-@operator(lambda dy, q, k, v, cu, y, lse, max_len: tuple(x.new_empty(x.shape) for x in (q, k, v)))
-def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, y: Tensor, lse: Tensor,
-                 max_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor,
+                 max_len: int) -> list[Tensor]:
+    """[dq, dk, dv]."""
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     importlib.import_module(FA4)._flash_attn_bwd(
-        q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
-        max_seqlen_q=max_len, max_seqlen_k=max_len, dq=dq, dk=dk, dv=dv)
-    return dq, dk, dv
+        q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max_len,
+        max_seqlen_k=max_len, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    return grads
 
 
-def _fa4_save(ctx, inputs, output):
-    *tensors, ctx.max_len = inputs
-    ctx.save_for_backward(*tensors, *output)
+class Fa4(torch.autograd.Function):
+    """Attention alone: what FusedHeads is in one where shapes do not fit its kernels."""
 
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_len: int) -> Tensor:
+        y, lse = fa4_forward(q, k, v, cu, max_len)
+        ctx.save_for_backward(q, k, v, y, lse, cu)
+        ctx.max_len = max_len
+        return y
 
-def _fa4_grad(ctx, dy, _dlse):  # lse never leaves attend_fa4: its gradient is zero
-    return *fa4_backward(dy, *ctx.saved_tensors, ctx.max_len), None, None
-
-
-fa4_forward.register_autograd(_fa4_grad, setup_context=_fa4_save)
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        return *fa4_backward(dy.contiguous(), *ctx.saved_tensors, ctx.max_len), None, None
 
 
 def attend_fa4(q: Tensor, k: Tensor, v: Tensor, segments: "Segments") -> Tensor:
     """A backend of §4, for bfloat16 on sm90 and later."""
-    return fa4_forward(q, k, v, segments.cu, segments.max_len)[0]
+    return Fa4.apply(q, k, v, segments.cu, segments.max_len)
+
+
+# ---- between the QKV product and the output product
+# One kernel before attention, one after it. Keys and values are written once for every query head:
+# the forward pass reads one copy, and FlashAttention's backward pass then needs no float32 sums
+# over the heads of a group (0.21 of 1.23 ms); they are added where dk and dv are read anyway.
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: x [B, T, heads, D]; cos, sin [T, D/2] rotate channels 2j and 2j + 1."""
+    (x0, x1), cos, sin = x.unflatten(-1, (-1, 2)).unbind(-1), cos[:, None], sin[:, None]
+    return torch.stack((x0 * cos + x1 * sin, x1 * cos - x0 * sin), dim=-1).flatten(-2)
+
+
+def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
+              attend: Callable, xsa: "bool | Tensor", gate_scale: float) -> Tensor:
+    """x [B, T, (H + 2K) D] queries, keys, values; near [B, T, W]; gain [H]; gate [H, W]; rope
+    [2, T, D/2] -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA (of xsa [H] how
+    much a head), sparse gate."""
+    (H,), D, rope = gain.shape, 2 * rope.shape[-1], rope.to(x.dtype)
+    K = (x.shape[-1] // D - H) // 2
+    qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
+    gain = torch.cat((gain, gain.new_ones(K))).to(x.dtype)
+    y = attend(*(rotate(rms(qk), *rope) * gain[:, None]).split([H, K], dim=2), v)
+    if xsa is not False:  # less its part along the token's own value
+        y, axis = y.unflatten(2, (K, -1)), F.normalize(v, dim=-1)[:, :, :, None]
+        along = (y * axis).sum(-1, keepdim=True)
+        along = along if xsa is True else along * xsa.to(y.dtype).view(K, -1, 1)
+        y = (y - along * axis).flatten(2, 3)
+    if gate is not None:
+        y = y * torch.sigmoid(gate_scale * F.linear(near, gate.to(x.dtype)))[..., None]
+    return y.flatten(2)
+
+
+@jit
+def _pairs(x, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    return tl.split(tl.reshape(x, (ROWS, HEADS, D // 2, 2)))
+
+
+@jit
+def _rotation(rope_ptr, rows, T, D: tl.constexpr):
+    at = (rows % T)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    cos, sin = tl.load(rope_ptr + at), tl.load(rope_ptr + T * (D // 2) + at)
+    return cos[:, None, :], sin[:, None, :]
+
+
+# A tile holds all heads of ROWS tokens: q, k and v beside each other, HEADS >= H + 2K of them.
+@jit
+def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: tl.constexpr,
+                  K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    G: tl.constexpr = H // K
+    rows, heads = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HEADS)
+    head, col = heads[None, :, None], tl.arange(0, D)[None, None, :]
+    row = rows.to(tl.int64)[:, None, None]
+    inside = (row < N) & (col < D)
+    x = tl.load(x_ptr + row * ((H + 2 * K) * D) + head * D + col, mask=inside & (head < H + 2 * K),
+                other=0.0).to(tl.float32)
+    x0, x1 = _pairs(x, ROWS, HEADS, D)
+    cos, sin = _rotation(rope_ptr, rows, T, D)
+    rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1, 2) / D + eps)
+    gain = tl.load(gain_ptr + heads, mask=heads < H, other=1.0)
+    f = (rstd * gain[None, :])[:, :, None]
+    turned = tl.join(f * (x0 * cos + x1 * sin), f * (x1 * cos - x0 * sin))
+    out = tl.where(head < H + K, tl.reshape(turned, (ROWS, HEADS, D)), x).to(q_ptr.dtype.element_ty)
+    at = row * (H * D) + col
+    tl.store(q_ptr + at + head * D, out, mask=inside & (head < H))
+    for g in tl.static_range(G):
+        tl.store(k_ptr + at + ((head - H) * G + g) * D, out,
+                 mask=inside & (head >= H) & (head < H + K))
+        tl.store(v_ptr + at + ((head - H - K) * G + g) * D, out,
+                 mask=inside & (head >= H + K) & (head < H + 2 * K))
+
+
+# With n = x rstd, t the gradient turned back: dgain = sum n t, dx = gain rstd (t - n mean(n t)).
+@jit
+def _heads_before_back(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_ptr, dx_ptr,
+                       dgain_ptr, N, T, eps, XSA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+                       D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    G: tl.constexpr = H // K
+    heads = tl.arange(0, HEADS)
+    head, col = heads[None, :, None], tl.arange(0, D)[None, None, :]
+    gain = tl.load(gain_ptr + heads, mask=heads < H, other=1.0)
+    sums = tl.zeros((ROWS, HEADS), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        row = rows.to(tl.int64)[:, None, None]
+        inside = (row < N) & (col < D)
+        is_k, is_v = (head >= H) & (head < H + K), (head >= H + K) & (head < H + 2 * K)
+        at = row * (H * D) + col
+        dy = tl.load(dq_ptr + at + head * D, mask=inside & (head < H), other=0.0).to(tl.float32)
+        for g in tl.static_range(G):
+            dy += tl.load(dk_ptr + at + ((head - H) * G + g) * D, mask=inside & is_k,
+                          other=0.0).to(tl.float32)
+            dy += tl.load(dv_ptr + at + ((head - H - K) * G + g) * D, mask=inside & is_v,
+                          other=0.0).to(tl.float32)
+        if XSA:
+            dy += tl.load(dvx_ptr + row * (K * D) + (head - H - K) * D + col, mask=inside & is_v,
+                          other=0.0).to(tl.float32)
+        at = row * ((H + 2 * K) * D) + head * D + col
+        x = tl.load(x_ptr + at, mask=inside & (head < H + K), other=0.0).to(tl.float32)
+        x0, x1 = _pairs(x, ROWS, HEADS, D)
+        y0, y1 = _pairs(dy, ROWS, HEADS, D)
+        cos, sin = _rotation(rope_ptr, rows, T, D)
+        t0, t1 = y0 * cos - y1 * sin, y1 * cos + y0 * sin
+        rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1, 2) / D + eps)
+        nt = tl.sum(x0 * t0 + x1 * t1, 2) * rstd
+        sums += nt
+        f, along = (rstd * gain[None, :])[:, :, None], (nt * rstd / D)[:, :, None]
+        dx = tl.reshape(tl.join(f * (t0 - x0 * along), f * (t1 - x1 * along)), (ROWS, HEADS, D))
+        dx = tl.where(head < H + K, dx, dy).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + at, dx, mask=inside & (head < H + 2 * K))
+    tl.store(dgain_ptr + tl.program_id(0) * HEADS + heads, tl.sum(sums, 0))
+
+
+@jit
+def _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H: tl.constexpr, WINDOW: tl.constexpr):
+    """(sigmoid [ROWS, H], near [ROWS, 1, WINDOW], gate [1, H, WINDOW])."""
+    w, heads = tl.arange(0, WINDOW), tl.arange(0, H)
+    near = tl.load(near_ptr + rows[:, None] * window + w[None, :], other=0.0,
+                   mask=(rows < N)[:, None] & (w < window)[None, :]).to(tl.float32)[:, None, :]
+    gate = tl.load(gate_ptr + heads[:, None] * window + w[None, :], other=0.0,
+                   mask=(w < window)[None, :] & (heads >= 0)[:, None]).to(tl.float32)[None, :, :]
+    return tl.sigmoid(scale * tl.sum(near * gate, 2)), near, gate
+
+
+@jit
+def _heads_axis(x_ptr, row, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+    """(the values' directions [ROWS, H, D], 1 / their lengths [ROWS, H, 1])."""
+    head, col = tl.arange(0, H)[None, :, None], tl.arange(0, D)[None, None, :]
+    at = row * ((H + 2 * K) * D) + (H + K + head // (H // K)) * D + col
+    v = tl.load(x_ptr + at, mask=(row < N) & (col < D), other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(v * v, 2)), 1e-12)
+    return v * inverse[:, :, None], inverse[:, :, None]
+
+
+@jit
+def _heads_after(y_ptr, x_ptr, near_ptr, gate_ptr, out_ptr, N, window, scale, XSA: tl.constexpr,
+                 GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                 WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, head = rows.to(tl.int64)[:, None, None], tl.arange(0, H)[None, :, None]
+    col = tl.arange(0, D)[None, None, :]
+    at, inside = row * (H * D) + head * D + col, (row < N) & (col < D) & (head < H)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if XSA:
+        axis, _ = _heads_axis(x_ptr, row, N, H, K, D)
+        y -= tl.sum(y * axis, 2)[:, :, None] * axis
+    if GATE:
+        y *= _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)[0][:, :, None]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# z = y - (y.axis) axis, out = z s: with dz = dout s, dy = dz - (dz.axis) axis and
+# dv = -((y.axis) dz + (dz.axis) y - 2 (y.axis) (dz.axis) axis) / |v|, summed over a group's heads.
+@jit
+def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, dy_ptr, dvx_ptr, dnear_ptr,
+                      dgate_ptr, N, window, scale, XSA: tl.constexpr, GATE: tl.constexpr,
+                      H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+                      ROWS: tl.constexpr):
+    head, col = tl.arange(0, H)[None, :, None], tl.arange(0, D)[None, None, :]
+    heads, w = tl.arange(0, H), tl.arange(0, WINDOW)
+    if GATE:
+        sums = tl.zeros((H, WINDOW), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        row = rows.to(tl.int64)[:, None, None]
+        at, inside = row * (H * D) + head * D + col, (row < N) & (col < D) & (head < H)
+        dz = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if XSA:
+            axis, inverse = _heads_axis(x_ptr, row, N, H, K, D)
+            along = tl.sum(y * axis, 2)[:, :, None]
+        if GATE:
+            s, near, gate = _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)
+            z = y
+            if XSA:
+                z = y - along * axis
+            dlogit = (tl.sum(dz * z, 2) * s * (1.0 - s) * scale)[:, :, None]
+            sums += tl.sum(dlogit * near, 0)
+            tl.store(dnear_ptr + rows[:, None] * window + w[None, :],
+                     tl.sum(dlogit * gate, 1).to(dnear_ptr.dtype.element_ty),
+                     mask=(rows < N)[:, None] & (w < window)[None, :])
+            dz *= s[:, :, None]
+        if XSA:
+            back = tl.sum(dz * axis, 2)[:, :, None]
+            dv = (2.0 * along * back * axis - along * dz - back * y) * inverse
+            dv = tl.sum(tl.reshape(dv, (ROWS, K, H // K, D)), 2)
+            group = tl.arange(0, K)[None, :, None]
+            tl.store(dvx_ptr + row * (K * D) + group * D + col, dv.to(dvx_ptr.dtype.element_ty),
+                     mask=(row < N) & (col < D) & (group < K))
+            dz -= back * axis
+        tl.store(dy_ptr + at, dz.to(dy_ptr.dtype.element_ty), mask=inside)
+    if GATE:
+        at = (tl.program_id(0) * H + heads[:, None]) * WINDOW + w[None, :]
+        tl.store(dgate_ptr + at, sums)
+
+
+class FusedHeads(torch.autograd.Function):
+    """heads_ref around FlashAttention-4; H, K and D are powers of 2."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
+                segments: "Segments", xsa: bool, gate_scale: float) -> Tensor:
+        x, near, gain, rope = _dense(x, near, gain, rope)
+        (H,), (_, T, half), (*rows, channels) = gain.shape, rope.shape, x.shape
+        N, D = math.prod(rows), 2 * half
+        K = (channels // D - H) // 2
+        ctx.before = dict(H=H, K=K, D=D, HEADS=triton.next_power_of_2(H + 2 * K), ROWS=2)
+        ctx.after = dict(XSA=int(xsa), GATE=int(gate is not None), H=H, K=K, D=D, ROWS=4,
+                         WINDOW=triton.next_power_of_2(max(1, near.shape[-1])))
+        ctx.sizes, ctx.max_len = (N, near.shape[-1], gate_scale), segments.max_len
+        q, k, v = (x.new_empty(N, H, D) for _ in range(3))
+        _heads_before[triton.cdiv(N, 2),](x, gain, rope, q, k, v, N, T, EPS, **ctx.before)
+        y, lse = fa4_forward(q, k[:, :: H // K], v[:, :: H // K], segments.cu, ctx.max_len)
+        out = x.new_empty(*rows, H * D)
+        _heads_after[triton.cdiv(N, 4),](y, x, near, gate, out, *ctx.sizes, **ctx.after)
+        ctx.save_for_backward(x, near, gain, gate, rope, q, k, v, y, lse, segments.cu)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple:
+        x, near, gain, gate, rope, *attention = ctx.saved_tensors
+        y, (N, *_), K, D = attention[3], ctx.sizes, ctx.before["K"], ctx.before["D"]
+        programs = _programs(x, triton.cdiv(N, 2), 16)
+        dy, dnear, dvx = torch.empty_like(y), torch.empty_like(near), x.new_empty(N, K, D)
+        dgate = gain.new_empty(programs, len(gain), ctx.after["WINDOW"], dtype=torch.float32)
+        _heads_after_back[programs,](dout.contiguous(), y, x, near, gate, dy, dvx, dnear, dgate,
+                                     *ctx.sizes, **ctx.after | dict(ROWS=2, num_warps=2))
+        dq, dk, dv = fa4_backward(dy, *attention, ctx.max_len)
+        dx, programs = torch.empty_like(x), _programs(x, triton.cdiv(N, 4), 4)
+        dgain = gain.new_empty(programs, ctx.before["HEADS"], dtype=torch.float32)
+        _heads_before_back[programs,](dq, dk, dv, dvx, x, gain, rope, dx, dgain, N, rope.shape[1],
+                                      EPS, XSA=ctx.after["XSA"], **ctx.before | dict(ROWS=4))
+        dgain = dgain.sum(0)[: len(gain)].to(gain.dtype)
+        if gate is None:
+            return dx, None, dgain, None, None, None, None, None
+        dgate = dgate.sum(0)[:, : near.shape[-1]].to(gate.dtype)
+        return dx, dnear, dgain, dgate, None, None, None, None
+
+
+def heads(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
+          attend: Callable, segments: "Segments", xsa: "bool | Tensor",
+          gate_scale: float) -> Tensor:
+    """heads_ref over segments; fused around FlashAttention-4 where the shapes are its kernels'."""
+    H, D = len(gain), 2 * rope.shape[-1]
+    if attend is attend_fa4 and fused(x) and isinstance(xsa, bool) and all(
+            n & (n - 1) == 0 for n in (H, D, x.shape[-1] // D - H)):
+        return FusedHeads.apply(x, near, gain, gate, rope, segments, xsa, gate_scale)
+
+    def packed(q, k, v):
+        return attend(*(t.flatten(0, 1) for t in (q, k, v)), segments).view_as(q)
+    return heads_ref(x, near, gain, gate, rope, packed, xsa, gate_scale)
 
 
 # ==================================================================================================
@@ -1348,11 +1549,13 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     return tuple(found)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: x [B, T, H, D]; cos, sin [T, R/2] rotate channels j < R/2 and j + R/2."""
-    half, cos, sin = cos.shape[-1], cos[:, None], sin[:, None]
-    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+def paired(w: Tensor, cfg: Config) -> Tensor:
+    """Rows of query and key matrices [..., heads * D, in], in the order in which `rotate` takes
+    channels: j and j + R/2, which RoPE turns together, side by side. Scores do not see it."""
+    R, D = cfg.rope_dims or cfg.head_dim, cfg.head_dim
+    turned, rest = w.unflatten(-2, (-1, D)).split([R, D - R], dim=-2)
+    turned = turned.unflatten(-2, (2, R // 2)).transpose(-3, -2).flatten(-3, -2)
+    return torch.cat((turned, rest), dim=-2).flatten(-3, -2)
 
 
 class AttentionParameters(nn.Module):
@@ -1414,6 +1617,21 @@ class GPT(nn.Module):
                 nn.Parameter(torch.tensor([cfg.logit_softcap])) for _ in range(2))
         self.register_buffer("rope", rotary_table(cfg), persistent=False)
         self.reset_parameters()
+
+    @contextlib.contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """Inside, if wanted, the stretches between products and kernels are compiled, one graph
+        each, which takes seconds; nobody else waits for the host, since steps are recorded."""
+        parts = ("weights", "smear", "mix_skip", "mix_lanes") if wanted else ()
+        if self.attend is not attend_fa4:
+            parts += ("heads",) * wanted
+        for part in parts:
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
+        try:
+            yield
+        finally:
+            for part in parts:
+                delattr(self, part)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1482,8 +1700,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, weights, skips = self.cfg, self.weights(), self.skip_parameters()
-        rope = self.rope[:, : ids.shape[1]] if past is None else past.rope
-        rope = rope.to(self.dtype).unbind()  # cos, sin
+        rope = (self.rope[:, : ids.shape[1]] if past is None else past.rope).to(self.dtype)
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
@@ -1500,18 +1717,20 @@ class GPT(nn.Module):
             if step.skip is not None:  # the last one pushed is the state itself
                 skip, lerp = stack.pop() if step.skip else a, skips[step.skip]
             if step.lanes and skip is not None:
-                a, skip, lerp = mix_skip(a, skip, lerp), None, None
-            a, u, n, near = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale, cfg.gate_window)
+                a, skip, lerp = self.mix_skip(a, skip, lerp), None, None
+            a, u, n, near, x0 = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale,
+                                         cfg.gate_window)
             if step.push and step.slot:  # what the pass before this one put out
                 stack.append(a)
             y = self.attention(step, n, near, (qkv, out), rope, past or segments, lora, observe)
             if b is None:
-                a, _, n, _ = mix_norm(u, y, scale=scale)
+                a, _, n, *_ = mix_norm(u, y, scale=scale)
                 m = self.mlp(step, n, up, down, lora, observe)
             else:
                 n = mix_norm(b, scale=scale)[2]
                 m = self.mlp(step, n, up, down, lora, observe)
-                (a, b), m = self.mix_lanes(step.layer, a, b, y, m), None
+                (a, b), m = self.mix_lanes(a, b, y, m, self.parallel_resid_lambdas[step.layer],
+                                           self.parallel_post_lambdas[step.layer]), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
         h = mix_norm(a, m)[2]
@@ -1520,11 +1739,12 @@ class GPT(nn.Module):
         return h
 
     def weights(self) -> list[tuple[Tensor, ...]]:
-        """(qkv, out, up, down) of each layer, cast once; the scales of what attention and MLP add
-        to the state are factors of their last matrices' rows."""
+        """(qkv, out, up, down) of each layer, cast once, rows of q and k as `paired`; the scales of
+        what attention and MLP add to the state are factors of their last matrices' rows."""
         (q, o), (k, v) = self.qo_bank.chunk(2), self.kv_bank.chunk(2)
         attn, mlp = (torch.stack([getattr(block, name) for block in self.blocks])[:, :, None]
                      for name in ("attn_scale", "mlp_scale"))
+        q, k = paired(q, self.cfg), paired(k, self.cfg)
         stacks = torch.cat((q, k, v), 1), attn * o, self.mlp_up_bank, mlp * self.mlp_down_bank
         return list(zip(*(w.to(self.dtype).unbind() for w in stacks), strict=True))
 
@@ -1542,47 +1762,45 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * gate * (ids[:, 1:, None] != BOS)
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
-    def mix_lanes(self, i: int, a: Tensor, b: Tensor, y: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        keep = self.parallel_resid_lambdas[i].to(a.dtype)
-        post = self.parallel_post_lambdas[i].to(a.dtype)  # [attention or MLP, lane]
+    mix_skip = staticmethod(mix_skip)
+
+    @staticmethod
+    def mix_lanes(a: Tensor, b: Tensor, y: Tensor, m: Tensor, keep: Tensor,
+                  post: Tensor) -> tuple[Tensor, ...]:
+        """Both lanes after attention y and MLP m: keep [lane], post [attention or MLP, lane]."""
+        keep, post = keep.to(a.dtype), post.to(a.dtype)
         return tuple(
             keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
         )
 
-    def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: tuple,
+    def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: Tensor,
                   segments: "Segments | Past", lora: "Lora | None",
                   observe: Callable | None) -> Tensor:
-        """Grouped-query attention with XSA and the sparse gate, which sees `near`, the first
-        channels of n: n [B, T, d] -> [B, T, d], scaled."""
+        """Grouped-query attention, its products around `heads`: n [B, T, d] -> [B, T, d], scaled;
+        `near` is the first channels of n."""
         cfg, block, (qkv, out) = self.cfg, self.blocks[step.layer], matrices
-        H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        x, gain = F.linear(n, qkv), block.attn.q_gain.to(n.dtype)
+        x = F.linear(n, qkv)
         if lora is not None:
+            H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
             parts = zip("qkv", x.split([H * D, K * D, K * D], dim=-1), strict=True)
             x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
-        qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
-        qk = rotate(rms(qk), *rope) * torch.cat((gain, gain.new_ones(K)))[:, None]
-        q, k = qk.split([H, K], dim=2)
+        gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
+        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
+        if xsa and cfg.gated_xsa:  # idea: #2018
+            xsa = torch.tanh(block.attn.xsa_alpha)
+        rest = xsa, cfg.sparse_attn_gate_scale
         if isinstance(segments, Past):
-            y = segments.attend(step.slot, q, k, v)
+            attend = functools.partial(segments.attend, step.slot)
+            y = heads_ref(x, near, block.attn.q_gain, gate, rope, attend, *rest)
         else:
-            y = self.attend(*(x.flatten(0, 1) for x in (q, k, v)), segments).view_as(q)
-        if step.layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = y.unflatten(2, (K, -1))  # [B, T, K, H/K, D]
-            axis = F.normalize(v, dim=-1)[:, :, :, None]
-            along = (y * axis).sum(-1, keepdim=True)
-            if cfg.gated_xsa:  # idea: #2018
-                along = along * torch.tanh(block.attn.xsa_alpha).to(y.dtype).view(K, -1, 1)
-            y = (y - along * axis).flatten(2, 3)
-        if cfg.sparse_attn_gate_enabled:
-            logit = F.linear(near, block.attn.attn_gate_w.to(n.dtype))
-            y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * logit)[..., None]
-        y = y.flatten(2)
+            y = self.heads(x, near, block.attn.q_gain, gate, rope, self.attend, segments, *rest)
         if observe:
             observe(f"attn.{step.layer}", n)
             observe(f"attn_out.{step.layer}", y)
         y = F.linear(y, out)
         return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
+
+    heads = staticmethod(heads)
 
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
@@ -1607,10 +1825,11 @@ def rotary_table(cfg: Config) -> Tensor:
 
 
 def rotation(at: Tensor, cfg: Config) -> Tensor:
-    """cos and sin of position * base^(-2j/R): at [T] -> [2, T, R/2], float64 before rounding."""
+    """cos and sin of position * base^(-2j/R), 1 and 0 for channels that do not turn: at [T] ->
+    [2, T, D/2], float64 before rounding."""
     dims = cfg.rope_dims or cfg.head_dim
     pair = torch.arange(0, dims, 2, dtype=torch.float64, device=at.device)
-    angle = at[:, None] * cfg.rope_base ** (-pair / dims)
+    angle = F.pad(at[:, None] * cfg.rope_base ** (-pair / dims), (0, (cfg.head_dim - dims) // 2))
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
@@ -1760,6 +1979,9 @@ class Optimisers:
     def __init__(self, model: GPT, cfg: Config, rt: Runtime):
         self.cfg, self.rt = cfg, rt
         self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
+        if self.recorder.record:
+            for part in ("lookahead", "descend"):
+                setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
         params = dict(model.named_parameters())
         routes = route(list(params))
         self.banks = [p for name, p in params.items() if routes[name].optimiser == "muon"]
@@ -1794,10 +2016,10 @@ class Optimisers:
         grads, small = self.reduce_gradients()
         squares = self.square_norms(grads)
         norm = torch.cat([*squares, torch.stack(torch._foreach_norm(small)).square()]).sum().sqrt()
-        if self.cfg.grad_clip_norm:
-            clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads + small, clip)
-        self.step_muon(grads, lr_factor, momentum)
+        limit = self.cfg.grad_clip_norm or math.inf
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(small, clip)
+        self.step_muon(grads, clip, lr_factor, momentum)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.adamw.step()
@@ -1842,19 +2064,28 @@ class Optimisers:
         torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
         return shares, small
 
-    def directions(self, *updates: Tensor) -> list[Tensor]:
-        """What Muon makes of each bank's momentum: unit rows, then orthogonal matrices."""
+    def lookahead(self, grad: Tensor, moment: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+        """Adds the clipped gradient to its moment; Nesterov's update of it, with unit rows."""
+        grad = grad * clip
+        moment.mul_(momentum).add_(grad)
+        update = grad + momentum * moment
         if self.cfg.muon_row_normalize:
-            updates = [x / x.norm(dim=-1, keepdim=True).clamp_min(1e-7) for x in updates]
-        return [orthogonalise(x, self.cfg.muon_backend_steps) for x in updates]
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        return update.bfloat16()
 
-    def step_muon(self, grads: list[Tensor], lr_factor: float, momentum: float) -> None:
+    @staticmethod
+    def descend(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor) -> None:
+        """Decay and step, in place."""
+        p.mul_(keep).sub_(rate * update)
+
+    def step_muon(self, grads: list[Tensor], clip: Tensor, lr_factor: float,
+                  momentum: float) -> None:
         """Momentum and orthogonalisation on the own share, then the same update on every rank."""
-        cfg, pending = self.cfg, []
-        torch._foreach_mul_(self.momenta, momentum)
-        torch._foreach_add_(self.momenta, grads)
-        updates = torch._foreach_add(grads, self.momenta, alpha=momentum)
-        updates = self.recorder(("directions",), self.directions, updates)
+        cfg, pending, beta = self.cfg, [], torch.full_like(clip, momentum)
+        updates = [self.lookahead(g, m, clip, beta)
+                   for g, m in zip(grads, self.momenta, strict=True)]
+        updates = self.recorder(("directions",), lambda *us: [
+            orthogonalise(u, cfg.muon_backend_steps) for u in us], updates)
         for update, p in zip(updates, self.banks, strict=True):
             if self.rt.world == 1:
                 pending.append((p, update, None))
@@ -1867,7 +2098,8 @@ class Optimisers:
             if wait:
                 wait.wait()
             scale = math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))
-            p.mul_(1 - lr * cfg.muon_wd).sub_(update[: p.shape[0]], alpha=lr * scale)
+            keep, rate = (torch.full_like(clip, x) for x in (1 - lr * cfg.muon_wd, lr * scale))
+            self.descend(p, update[: p.shape[0]], keep, rate)
 
 
 class Ema:
@@ -2622,21 +2854,6 @@ def pack_program(source: str) -> bytes:
 # ==================================================================================================
 # §10 Evaluation
 # ==================================================================================================
-class Forwards(NamedTuple):
-    """The model's one forward: compiled for packed rows; eager for windows, whose every length
-    would be another graph."""
-
-    rows: Callable
-    windows: Callable
-
-
-def make_forwards(model: GPT, cfg: Config, rt: Runtime) -> Forwards:
-    if rt.device.type != "cuda" or not cfg.compile:
-        return Forwards(model, model)
-    torch._dynamo.config.recompile_limit = 64
-    return Forwards(torch.compile(model, dynamic=False, fullgraph=True), model)
-
-
 class ValSet(NamedTuple):
     """All validation ids (int64) and, parallel to them, the original bytes of each (int32)."""
 
@@ -2762,10 +2979,9 @@ def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
            f"eval_time:{1000 * seconds:.0f}ms")
 
 
-def timed_evaluation(label: str, forwards: Forwards, val: ValSet, cfg: Config,
-                     rt: Runtime) -> Score:
+def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime) -> Score:
     started = rt.seconds()
-    score = evaluate(forwards.rows, val, cfg, rt)
+    score = evaluate(model, val, cfg, rt)
     log_score(rt, label, score, rt.seconds() - started)
     return score
 
@@ -3100,7 +3316,7 @@ def frozen_gradients(model: GPT, blocks: int) -> Iterator[Tensor]:
             yield p.grad
 
 
-def train_globally(forward: Callable, model: GPT, scored: list[Document], val: ValSet, cfg: Config,
+def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
     """One pass of SGD on ALL base weights over documents that are scored already; returns steps.
 
@@ -3119,7 +3335,7 @@ def train_globally(forward: Callable, model: GPT, scored: list[Document], val: V
             ids, targets = (tokens[mine[0] + k : mine[1] + k] for k in (0, 1))
             row = make_row(ids, targets, length, rt.device,
                            documents=cfg.global_ttt_respect_doc_boundaries)
-            loss = forward(row.ids, row.targets, row.segments, True).sum() / (count * length)
+            loss = model(row.ids, row.targets, row.segments, True).sum() / (count * length)
             loss.backward()
         if rt.world > 1:
             for p in params:
@@ -3136,7 +3352,7 @@ def train_globally(forward: Callable, model: GPT, scored: list[Document], val: V
     return steps
 
 
-def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: Runtime,
+def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                  init: Callable | None = None, rules: Any = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
@@ -3145,7 +3361,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
     documents = [Document(*d) for d in val.documents()]
     if cfg.ttt_second_pass_frac:  # #1430, illegal; there a first pass scores, to no effect
         for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
-            train_globally(forwards.rows, model, documents[: math.ceil(part * len(documents))], val,
+            train_globally(model, documents[: math.ceil(part * len(documents))], val,
                            replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
         cfg = replace(cfg, phased_ttt_prefix_docs=0)
     batches = document_batches(documents, cfg.ttt_batch_size)
@@ -3157,7 +3373,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
         for number in hands[rt.rank]:
             batch = batches[number]
             if adapter is None or len(batch) != cfg.ttt_batch_size:
-                used = make(forwards.windows, cfg, rt, len(batch), init, rules)
+                used = make(model, cfg, rt, len(batch), init, rules)
                 adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
@@ -3167,7 +3383,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
         first = min(number for hand in hands for number in hand)
         if first and boundaries:
             scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
-            steps = train_globally(forwards.rows, model, scored, val, cfg, rt)
+            steps = train_globally(model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
             if adapter:
@@ -3176,7 +3392,7 @@ def score_phased(forwards: Forwards, model: GPT, val: ValSet, cfg: Config, rt: R
     return meter.result()
 
 
-def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, folder: Path,
+def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
     """Read the artifact back and score it: plainly, then with phased test-time training.
 
@@ -3195,12 +3411,12 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
-    timed_evaluation("diagnostic quantized", forwards, val, cfg, rt)
+    timed_evaluation("diagnostic quantized", model, val, cfg, rt)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
         if rules:
             rules.wait()
-        score = score_phased(forwards, model, val, cfg, rt, rules=rules)
+        score = score_phased(model, val, cfg, rt, rules=rules)
         log_score(rt, "quantized_ttt_phased", score, rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
         if cfg.illegal():
@@ -3603,8 +3819,7 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 
-def warm_up(forward: Callable, model: GPT, optimisers: Optimisers, cfg: Config,
-            rt: Runtime) -> None:
+def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> None:
     """Compile and warm every shape on synthetic ids, then put weights and moments back."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
@@ -3615,7 +3830,7 @@ def warm_up(forward: Callable, model: GPT, optimisers: Optimisers, cfg: Config,
             ids = rng.integers(BOS, cfg.vocab_size, length + 1)
             ids[rng.random(len(ids)) < 1 / 1000] = BOS
             row = make_row(ids[:-1], ids[1:], longest, rt.device)
-            run_step(forward, [row], looped, optimisers, 1.0, cfg.muon_momentum)
+            run_step(model, [row], looped, optimisers, 1.0, cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
@@ -3647,13 +3862,12 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
-def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Config,
-          rt: Runtime) -> int:
+def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps.
 
     The loss of a step is looked at while the next one runs, so the check costs no pause."""
     optimisers = Optimisers(model, cfg, rt)
-    warm_up(forward, model, optimisers, cfg, rt)
+    warm_up(model, optimisers, cfg, rt)
     rows.longest, changed_at = stage_length(0.0, cfg), -cfg.seq_change_warmup_steps
     ema, batches = Ema(model, cfg.ema_decay), prefetch(rows.step, 0)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
@@ -3667,7 +3881,7 @@ def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Conf
         last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and seconds >= limit
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
             spent += rt.seconds() - resumed
-            score = evaluate(forward, val, cfg, rt)
+            score = evaluate(model, val, cfg, rt)
             rt.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
             resumed = rt.seconds()
         if last:
@@ -3682,7 +3896,7 @@ def train(model: GPT, forward: Callable, rows: TrainRows, val: ValSet, cfg: Conf
             rt.log(f"growth_stage:seq_len:{rows.longest} progress:{f:.3f} step:{step}")
         rise = min(1.0, (step + 1 - changed_at) / max(1, cfg.seq_change_warmup_steps))
         before = result
-        result = run_step(forward, next(batches), looped, optimisers, rise * lr_factor(f, cfg),
+        result = run_step(model, next(batches), looped, optimisers, rise * lr_factor(f, cfg),
                           muon_momentum(step, cfg))
         ema.update()
         bar.update()
@@ -3756,7 +3970,7 @@ def make_model(cfg: Config, rt: Runtime, attention: "Attention") -> GPT:
     return model
 
 
-def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, folder: Path) -> None:
+def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     """Train (or load final_model.pt), measure, quantise, and write artifact and program."""
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
@@ -3765,10 +3979,11 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, forwards: Forwards, fol
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
     else:
-        step = train(model, forwards.rows, rows, val, cfg, rt)
+        with model.compiled(cfg.compile and rt.device.type == "cuda"):
+            step = train(model, rows, val, cfg, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
-    timed_evaluation("diagnostic pre-quantization post-ema", forwards, val, cfg, rt)
+    timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)
     if cfg.prequant_only:
         return
     started = rt.seconds()
@@ -3836,11 +4051,10 @@ def run(environ: Mapping[str, str]) -> None:
     log_header(cfg, rt, attention)
     rt.log(identity)
     model = make_model(cfg, rt, attention)
-    forwards = make_forwards(model, cfg, rt)
     if not cfg.ttt_eval_only:
-        train_and_pack(cfg, rt, model, forwards, folder)
+        train_and_pack(cfg, rt, model, folder)
     if not cfg.prequant_only:
-        score_artifact(cfg, rt, model, forwards, folder, make_rules)
+        score_artifact(cfg, rt, model, folder, make_rules)
     if rt.device.type == "cuda":
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 

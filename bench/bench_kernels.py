@@ -13,6 +13,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
+from bench.bench_step import synthetic_row
 
 N, d, HIDDEN, V = int(os.environ.get("ROWS", 98304)), 512, 2048, 8192
 
@@ -54,6 +55,12 @@ def main() -> None:
         ("add + norm", (a, m, None, None, None, None, 0.5, 0), (4, 4)),
     ):
         measure(name, t.mix_norm, t.mix_norm_ref, inputs, units)
+    row = synthetic_row(t.Config(train_batch_tokens=8 * N), t.Runtime(0, 1, torch.device("cuda")))
+    rope = t.rotation(torch.arange(N, device="cuda"), t.Config()).bfloat16()
+    if t.choose_attention(rope.device, rope.dtype).name == "fa4":
+        inputs = (tensor(1, N, 2 * d), tensor(1, N, 12), tensor(8, **f32), tensor(8, 12, **f32))
+        measure("heads with attention", lambda *x: [t.heads(*x, rope, t.attend_fa4, row.segments,
+                                                            True, 0.5)], None, inputs, (10.5, 26))
     n = tensor(N, d)
     up, down = tensor(HIDDEN, d, scale=d**-0.5), tensor(d, HIDDEN, scale=HIDDEN**-0.5)
     measure("MLP", lambda *x: [t.leaky_mlp(*x)], None, (n, up, down, 0.5), (14, 30))

@@ -1,5 +1,6 @@
 """Time one training micro-batch, the optimiser and the average: `python bench/bench_step.py`.
 
+`torchrun --standalone --nproc_per_node=4 bench/bench_step.py` times whole steps on several GPUs.
 Settings are the program's environment variables (PRESET, ATTENTION, TRAIN_BATCH_TOKENS, ...).
 Every figure is the median of REPEATS timed runs (default 20) after 5 untimed ones, with its spread.
 TFLOP/s counts the operations of the matrix products and of causal attention; the share is of the
@@ -23,12 +24,25 @@ REPEATS = int(os.environ.get("REPEATS", 20))
 PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
 
 
-def timed(rt: t.Runtime, work, repeats: int = REPEATS) -> tuple[float, float]:
-    """(median, spread between the 10th and 90th percentile) of one run, in ms."""
-    for _ in range(5 if rt.device.type == "cuda" else 1):
+def timed(rt: t.Runtime, work, repeats: int = REPEATS, behind=None) -> tuple[float, float]:
+    """(median, spread between the 10th and 90th percentile) of one run, in ms.
+
+    `behind` fills a GPU's queue first: then work's time is the device's own, as in a training run,
+    where the host is always ahead."""
+    cuda = rt.device.type == "cuda"
+    for _ in range(5 if cuda else 1):
         work()
     samples = []
     for _ in range(repeats):
+        if cuda and behind:
+            behind()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            rt.seconds()
+            samples.append(begin.elapsed_time(end))
+            continue
         started = rt.seconds()
         work()
         samples.append(1000 * (rt.seconds() - started))
@@ -65,21 +79,47 @@ def profile(work) -> None:
 
 
 def main() -> None:
+    """Everything, with the model compiled as training does."""
     cfg = t.Config.from_env(os.environ, Path(__file__).resolve().parents[1])
-    rt = t.start_runtime({})
+    rt = t.start_runtime(os.environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    print(f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, attention {attention.reason}")
+    rt.log(f"{rt.world} x {name}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+           f"torch {torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)
-    forward = t.make_forwards(model, cfg, rt).rows
-    optimisers = t.Optimisers(model, cfg, rt)
+    with model.compiled(cfg.compile and rt.device.type == "cuda"):
+        optimisers = t.Optimisers(model, cfg, rt)
+        if rt.world == 1:
+            parts(cfg, rt, model, optimisers, started)
+        steps(cfg, rt, model, optimisers)
+    if rt.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def steps(cfg: t.Config, rt: t.Runtime, model: t.GPT, optimisers: t.Optimisers) -> None:
+    """Whole steps of the same 8 rows in any world size."""
+    rows = [synthetic_row(cfg, rt, rt.rank * rt.accumulation + k) for k in range(rt.accumulation)]
+    for looped in (False, True):
+        def step(looped=looped):
+            return t.run_step(model, rows, looped, optimisers, 0.0, 0.95)
+
+        middle, spread = timed(rt, step, max(3, REPEATS // 4))
+        rt.log(f"whole step of 8 rows {'looped' if looped else 'plain '} {middle:8.2f} ms "
+               f"(+-{spread:.2f}) {cfg.train_batch_tokens / middle / 1e3:.2f} Mtok/s; gradient "
+               f"norm {step()[1].item():.6f}")
+    if rt.device.type == "cuda":
+        rt.log(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def parts(cfg: t.Config, rt: t.Runtime, model: t.GPT, optimisers: t.Optimisers,
+          started: float) -> None:
+    """One row, the optimiser and the average, a line a figure."""
     ema, row = t.Ema(model, cfg.ema_decay), synthetic_row(cfg, rt)
     for looped in (False, True):
 
         def step(looped=looped):
-            return t.row_gradients(forward, row, looped, optimisers)
+            return t.row_gradients(model, row, looped, optimisers)
 
         step()
         rt.seconds()
@@ -102,24 +142,18 @@ def main() -> None:
         copies()
         optimisers.step(0.0, 0.95)
 
-    copying = timed(rt, copies)[0]
-    middle, spread = timed(rt, update)
+    copying = timed(rt, copies, behind=step)[0]
+    middle, spread = timed(rt, update, behind=step)
+    if os.environ.get("PROFILE"):
+        profile(update)
     weights = sum(4 * p.numel() for p in optimisers.params)
     # at least: gradient and moment read, moment written, weight read and written
     least = 5 * weights / PEAK_BYTES * 1e3
     print(f"optimiser with clipping {middle - copying:8.2f} ms (+-{spread:.2f}), at least "
           f"{least:.2f} ms of memory traffic")
-    middle, spread = timed(rt, ema.update)
+    middle, spread = timed(rt, ema.update, behind=step)
     print(f"average (EMA)           {middle:8.2f} ms (+-{spread:.2f}), at least "
           f"{3 * weights / PEAK_BYTES * 1e3:.2f} ms")
-    rows = [synthetic_row(cfg, rt, seed) for seed in range(rt.accumulation)]
-    for looped in (False, True):
-        middle, spread = timed(rt, lambda looped=looped: t.run_step(
-            forward, rows, looped, optimisers, 0.0, 0.95), max(3, REPEATS // 4))
-        print(f"whole step of {len(rows)} rows {'looped' if looped else 'plain '} {middle:8.2f} ms "
-              f"(+-{spread:.2f}) {cfg.train_batch_tokens / middle / 1e3:.2f} Mtok/s")
-    if rt.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

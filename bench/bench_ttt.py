@@ -154,7 +154,6 @@ def compare(modes: list[str], model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.
             chunks: list[int], rates: list[float]) -> None:
     """BPB against seconds, whole and streamed, over chunk sizes and learning rates."""
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    forwards = t.Forwards(model, model)
     print("| mode | chunk | learning rate | BPB | seconds | CPU seconds |\n" + "|---|" + "--:|" * 5)
     for chunk in chunks:
         for rate in rates:
@@ -163,7 +162,7 @@ def compare(modes: list[str], model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.
                                    ttt_stream=mode == "streamed")
                 model.load_state_dict(weights)
                 began, busy = rt.seconds(), time.process_time()
-                score = t.score_phased(forwards, model, val, settings.checked(), rt)
+                score = t.score_phased(model, val, settings.checked(), rt)
                 print(f"| {mode} | {chunk} | {rate:g} | "
                       f"{score.bpb:.5f} | {rt.seconds() - began:.1f} | "
                       f"{time.process_time() - busy:.1f} |", flush=True)

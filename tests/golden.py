@@ -91,7 +91,8 @@ def compare_lora(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comparison
             for key, p in tensors.items():
                 role, slot = key.rstrip("0123456789"), key[len(key.rstrip("0123456789")) :]
                 name = "lm_head_lora" if role == "head" else f"{role}_loras.{slot}"
-                p.copy_(torch.from_numpy(file[f"lora/{name}.{side}"]))
+                given = torch.from_numpy(file[f"lora/{name}.{side}"])
+                p.copy_(t.paired(given, cfg) if side == "B" and role in "qk" else given)
         segments = t.Segments.batch(batch, width - 1, ids.device)
         losses = model(ids[:, :-1], ids[:, 1:], segments, True, lora)
     want = torch.from_numpy(file["ttt/loss"])
@@ -134,8 +135,7 @@ def compare_evaluation(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comp
         if f"eval/{name}" in file:
             settings = replace(cfg, **changes)
             model.load_state_dict(weights)
-            forwards = t.Forwards(model, model)
-            score = t.score_phased(forwards, model, val, settings, runtime(), cosine_start)
+            score = t.score_phased(model, val, settings, runtime(), cosine_start)
             loss, bpb = file[f"eval/{name}"]
             yield Comparison(f"{name} val_loss", abs(score.loss - loss), limit)
             yield Comparison(f"{name} val_bpb, relative", abs(score.bpb / bpb - 1), limit)

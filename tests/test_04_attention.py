@@ -204,21 +204,9 @@ def fake_fa4(monkeypatch):
     monkeypatch.setitem(sys.modules, FA4, module)
 
 
-def test_fa4_operators_pass_values_and_gradients(fake_fa4):
+def test_fa4_passes_values_and_gradients(fake_fa4):
     segments = make([5, 37, 1], padding=2)
     assert_native(train_gpt.attend_fa4, segments)
-    compiled = torch.compile(train_gpt.attend_fa4, fullgraph=True, backend=BACKEND)
-    assert_native(compiled, segments)
-
-
-def test_fa4_operators_are_well_formed(fake_fa4):
-    segments = make([5, 11])
-    q, k, v, dy = tensors(16, 4, 2, 8, torch.float32)
-    lse = torch.zeros(4, 16, device=DEVICE)
-    q.requires_grad_(), k.requires_grad_()
-    torch.library.opcheck(train_gpt.fa4_forward, (q, k, v, segments.cu, 11))
-    torch.library.opcheck(train_gpt.fa4_backward,
-                          (dy, q.detach(), k.detach(), v, segments.cu, dy, lse, 11))
 
 
 def test_packed_adapter_speaks_each_release():

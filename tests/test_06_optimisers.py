@@ -141,6 +141,7 @@ def test_muon_is_the_definition(normalise, monkeypatch):
         return torch.from_numpy(np.stack([polar_express(x) for x in g.double().numpy()])).float()
 
     monkeypatch.setattr(t, "orthogonalise", exact)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
     cfg = tiny(grad_clip_norm=0.0, muon_row_normalize=normalise)
     model = busy_model(cfg)
     banks = {n: p for n, p in model.named_parameters() if n.endswith("_bank")}
@@ -172,8 +173,8 @@ def test_clipping_uses_the_global_norm_over_all_parameters():
     ours = t.Optimisers(model, cfg, runtime())
     seen = {}
     step_muon = ours.step_muon
-    ours.step_muon = lambda g, *rest: (seen.update(banks=[x.clone() for x in g]),
-                                       step_muon(g, *rest))
+    ours.step_muon = lambda g, clip, *rest: (seen.update(banks=[x * clip for x in g]),
+                                             step_muon(g, clip, *rest))
     ours.adamw.step = lambda: seen.update(small=[p.grad.clone() for p in ours.small])
     assign(model, grads)
     assert math.isclose(ours.step(1.0, 0.9).item(), norm, rel_tol=1e-5)

@@ -286,6 +286,6 @@ def test_recorded_graphs_give_the_same_scores(stream):
     for record in (False, True):
         model = busy_model(cfg, attend=attend).to(rt.device)
         model.dtype = rt.dtype
-        scores.append(t.score_phased(t.Forwards(model, model), model, val,
+        scores.append(t.score_phased(model, val,
                                      replace(cfg, compile=record), rt, cosine_start))
     assert scores[0][2:] == scores[1][2:] and abs(scores[0].loss - scores[1].loss) < 1e-2

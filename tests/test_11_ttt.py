@@ -28,7 +28,7 @@ def nothing(count):
 
 
 def score(model, val, cfg, **options):
-    return t.score_phased(t.Forwards(model, model), model, val, cfg, runtime(),
+    return t.score_phased(model, val, cfg, runtime(),
                           options.pop("init", cosine_start))
 
 
@@ -336,7 +336,7 @@ def test_a_phase_is_one_pass_of_sgd_over_all_weights():
     val = val_set(LENGTHS)
     docs = documents_of(val)[2:]
     ours, twin = busy_model(cfg), busy_model(cfg)
-    steps = t.train_globally(ours, ours, docs, val, cfg, runtime())
+    steps = t.train_globally(ours, docs, val, cfg, runtime())
     assert steps == sgd(twin, val, docs, cfg) == 6
     start = busy_model(cfg)
     for (n, p), q, r in zip(ours.named_parameters(), twin.parameters(), start.parameters(),
@@ -353,7 +353,7 @@ def test_a_phase_with_adamw_and_frozen_blocks():
     val = val_set(LENGTHS)
     docs = documents_of(val)[2:]
     ours, twin = busy_model(cfg), busy_model(cfg)
-    t.train_globally(ours, ours, docs, val, cfg, runtime())
+    t.train_globally(ours, docs, val, cfg, runtime())
     tokens = np.concatenate([val.ids[d.begin:d.end] for d in docs])
     adamw = torch.optim.AdamW(twin.parameters(), weight_decay=0)
     chunks = math.ceil((len(tokens) - 1) / 64)
@@ -378,7 +378,7 @@ def test_a_phase_moves_the_caps():
     cfg = tiny(asym_logit_rescale=True, global_ttt_lr=0.1, logit_softcap=3.0)
     model, val = busy_model(cfg), val_set(LENGTHS)
     before = model.cap().tolist()
-    t.train_globally(model, model, documents_of(val), val, cfg, runtime())
+    t.train_globally(model, documents_of(val), val, cfg, runtime())
     assert all(a != b for a, b in zip(before, model.cap().tolist(), strict=True))
 
 
@@ -411,7 +411,7 @@ def test_document_borders_in_a_phase_can_be_ignored(monkeypatch):
     val = val_set(LENGTHS)
     for respect in (True, False):
         model = busy_model(cfg)
-        t.train_globally(model, model, documents_of(val),
+        t.train_globally(model, documents_of(val),
                          val, replace(cfg, global_ttt_respect_doc_boundaries=respect), runtime())
     half = len(seen) // 2
     apart = [len(set(row.segments.cu.tolist())) for row in seen]

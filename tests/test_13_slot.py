@@ -187,8 +187,7 @@ def test_second_pass_scores_what_was_learnt():
         cfg = tiny(ttt_second_pass_frac=frac, **base)
         model = busy_model(cfg)
         start = {n: p.clone() for n, p in model.state_dict().items()}
-        forwards = t.make_forwards(model, cfg, rt)
-        scores[frac] = t.score_phased(forwards, model, val, cfg, rt, cosine_start)
+        scores[frac] = t.score_phased(model, val, cfg, rt, cosine_start)
         assert scores[frac].tokens == len(val.ids) - 1
         for name, p in model.state_dict().items():
             moved = p != start[name]
