@@ -173,13 +173,13 @@ class Config:
     gated_attn_quant_gate: bool = setting(True, "store the sparse gates as int8 rows; off: float16")
     gptq_damp_factor: float = setting(0.01, "of the mean diagonal, added to a Hessian", 1e-9)
     awq_lite_enabled: bool = setting(False, "more bits for the columns that matter most")
-    awq_lite_bits: int = setting(8, "theirs", 3, 8)
+    awq_lite_bits: int = setting(8, "bits of those columns", 3, 8)
     awq_lite_group_size: int = setting(64, "neighbouring columns that get them together", 1)
     awq_lite_group_top_k: int = setting(1, "such groups in the whole model", 0)
     lqer_enabled: bool = setting(True, "low-rank correction of the worst quantisation errors")
     lqer_rank: int = setting(4, "rank of a correction", 1, 256)
     lqer_top_k: int = setting(3, "matrices that get one", 0)
-    lqer_scope: str = setting("all", "who may", choices=("all", "attn", "mlp", "embed"))
+    lqer_scope: str = setting("all", "matrices that may", choices=("all", "attn", "mlp", "embed"))
     lqer_gain_select: bool = setting(False, "rank by what a correction gains; off: by the error")
     lqer_asym_enabled: bool = setting(True, "factors in 2 and 4 bits; off: LQER_FACTOR_BITS")
     lqer_asym_group: int = setting(64, "elements of B that share a scale", 1)
@@ -234,7 +234,7 @@ class Config:
     word_boost: float = setting(0.0, "and its boost", 0)
     agree_add_boost: float = setting(0.0, "added where two experts agree", 0)
     ngram_target_gate: bool = setting(False, "ILLEGAL: word experts see the class of the target")
-    ngram_mixer: str = setting("", "hashed: ILLEGAL", choices=("", "exact", "hashed"))
+    ngram_mixer: str = setting("", "n-grams; hashed: ILLEGAL", choices=("", "exact", "hashed"))
     ngram_order: int = setting(22, "longest n-gram of the mixer", 2)
     ngram_buckets: int = setting(4194304, "of each order of the hashed mixer", 1)
     ngram_min_tokens: int = setting(5000, "tokens before which nothing is mixed in", 0)
@@ -2547,8 +2547,8 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
              cfg: Config) -> dict[str, Tensor]:
     """The state dict as the tensors of an artifact, on the CPU.
 
-    A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected; int8 rows become
-    NAME.q and NAME.s; everything else NAME in float16."""
+    A matrix NAME becomes NAME.q and NAME.s, NAME.lqer_* where corrected, NAME.awq_* where it has
+    columns of more bits; int8 rows become NAME.q and NAME.s; everything else NAME in float16."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors = {}, {}
     weights = {m.name: (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
