@@ -49,6 +49,7 @@ FIGURES = {
     "total_eval_time_s": (r"^total_eval_time:(\S+)s", float),
     "val_tokens": (r"^(?:train_tokens: \d+ )?val_tokens: (\d+)", int),
     "data_bytes": (r'^data: .*"val": \{[^}]*"original_bytes": (\d+)', int),
+    "illegal": (r"^illegal: (.+)$", str),  # why the challenge would refuse this score; null: legal
 }
 NEEDED = ("train_time_ms", "prequant_val_bpb", "quantized_val_bpb", "val_bpb", "bytes_total",
           "total_eval_time_s")  # the phases of a whole run
@@ -405,6 +406,8 @@ def table(submission: dict[str, Any]) -> str:
         means = (cell(s.get(f"{n}_mean"), ".5f") for n in STATISTICS[:2] + STATISTICS[3:4])
         spread = cell(s.get("val_bpb_std"), ".5f")
         rows.append(f"| mean | {' | '.join(means)} (std {spread}, n = {s['runs']}) | | | |")
+    reasons = dict.fromkeys(run["illegal"] for run in submission["seeds"] if run.get("illegal"))
+    rows += [f"\nIllegal: {reason}." for reason in reasons]
     return "\n".join(rows)
 
 

@@ -9,10 +9,10 @@ Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 
 Contents
-  §0 Header            §4 Attention         §8 Quantisation           §14 Training
-  §1 Config            §5 Model             §9 Artifact               §15 Main
-  §2 Runtime           §6 Optimisers        §10 Evaluation
-  §3 Kernels           §7 Data              §11 Test-time training
+  §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
+  §1 Config            §5 Model             §9 Artifact               §13 SLOT
+  §2 Runtime           §6 Optimisers        §10 Evaluation            §14 Training
+  §3 Kernels           §7 Data              §11 Test-time training    §15 Main
 
 Symbols: B batch, T tokens of a row, N = B T, d model width, D head width, H query heads, K key and
 value heads, V vocabulary. Weights are stored [out, in].
@@ -110,6 +110,9 @@ class Config:
     train_seq_len: int = setting(2048, "longest attention segment in training", 2)
     val_batch_tokens: int = setting(524288, "tokens of 8 evaluation rows", 64)
     eval_seq_len: int = setting(2048, "longest attention segment in plain evaluation", 2)
+    eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
+    train_seq_schedule: str = setting("", "LENGTH@END,...: TRAIN_SEQ_LEN up to that fraction")
+    seq_change_warmup_steps: int = setting(0, "steps of rising rate after a change of length", 0)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
     model_dim: int = setting(512, "d, width of the residual stream", 8)
@@ -127,6 +130,9 @@ class Config:
     skip_gates_enabled: bool = setting(True, "skips blend by a gate; off: they add")
     ln_scale: bool = setting(True, "scale the normalised input of layer i by 1/sqrt(i+1)")
     logit_softcap: float = setting(30.0, "c of c tanh(z/c)", 1e-3)
+    asym_logit_rescale: bool = setting(False, "learn c apart for logits above and below 0")
+    leaky_relu_slope: float = setting(0.5, "of the MLP's activation below 0", 0, 1)
+    gated_xsa: bool = setting(False, "scale XSA by tanh of a learnt gate a head; it starts off")
     tied_embed_init_std: float = setting(0.005, "deviation of the embedding at the start", 0)
     num_loops: int = setting(2, "extra passes over the looped layers; 0: never looped", 0, 16)
     loop_start: int = setting(3, "first looped layer", 0)
@@ -136,6 +142,7 @@ class Config:
     parallel_final_lane: str = setting("mean", "lane that leaves", choices=("mean", "attn", "mlp"))
     # -- training
     iterations: int = setting(20000, "most steps", 1)
+    force_stop_step: int = setting(0, "stop after this step, whatever the clock says; 0: off", 0)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
     gptq_reserve_seconds: float = setting(-1.0, "part of the budget that training leaves free for "
                                           "calibration; -1: what that is measured to take", -1)
@@ -174,9 +181,16 @@ class Config:
     mlp_clip_sigmas: float = setting(11.5, "of the MLP matrices", 0.1)
     embed_clip_sigmas: float = setting(14.0, "of the embedding", 0.1)
     gated_attn_quant_gate: bool = setting(True, "store the sparse gates as int8 rows; off: float16")
+    gptq_damp_factor: float = setting(0.01, "of the mean diagonal, added to a Hessian", 1e-9)
+    awq_lite_enabled: bool = setting(False, "more bits for the columns that matter most")
+    awq_lite_bits: int = setting(8, "bits of those columns", 3, 8)
+    awq_lite_group_size: int = setting(64, "neighbouring columns that get them together", 1)
+    awq_lite_group_top_k: int = setting(1, "such groups in the whole model", 0)
     lqer_enabled: bool = setting(True, "low-rank correction of the worst quantisation errors")
     lqer_rank: int = setting(4, "rank of a correction", 1, 256)
     lqer_top_k: int = setting(3, "matrices that get one", 0)
+    lqer_scope: str = setting("all", "matrices that may", choices=("all", "attn", "mlp", "embed"))
+    lqer_gain_select: bool = setting(False, "rank by what a correction gains; off: by the error")
     lqer_asym_enabled: bool = setting(True, "factors in 2 and 4 bits; off: LQER_FACTOR_BITS")
     lqer_asym_group: int = setting(64, "elements of B that share a scale", 1)
     lqer_factor_bits: int = setting(4, "bits of both factors when symmetric", 2, 8)
@@ -189,11 +203,19 @@ class Config:
     ttt_beta1: float = setting(0.0, "its first beta", 0, 0.9999)
     ttt_beta2: float = setting(0.99, "its second beta", 0, 0.99999)
     ttt_weight_decay: float = setting(0.5, "its weight decay", 0)
+    ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR", 0)
+    ttt_mask: str = setting("", "adapters left out", choices=("", "all", "no_q", "no_v", "no_qv"))
+    ttt_q_lora: bool = setting(True, "adapters on the query projections")
     ttt_k_lora: bool = setting(True, "adapters on the key projections")
+    ttt_v_lora: bool = setting(True, "adapters on the value projections")
     ttt_mlp_lora: bool = setting(True, "adapters on the MLPs")
     ttt_o_lora: bool = setting(True, "adapters on the attention outputs")
     ttt_warm_start_a: bool = setting(True, "keep A from batch to batch")
     ttt_chunk_size: int = setting(48, "targets scored between two updates", 1)
+    ttt_short_score_first_enabled: bool = setting(False, "other chunks for batches of short ones")
+    ttt_short_score_first_steps: str = setting("", "LONGEST:CHUNK,... by the longest document")
+    ttt_short_doc_len: int = setting(512, "without that list: longest document of such a batch", 1)
+    ttt_short_chunk_size: int = setting(48, "and its chunk", 1)
     ttt_batch_size: int = setting(64, "documents in a batch", 1)
     ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
     ttt_stream: bool = setting(False, "run a chunk once, on kept keys and values of earlier ones")
@@ -205,6 +227,39 @@ class Config:
     global_ttt_chunk_tokens: int = setting(32768, "tokens of one learning rate there", 2)
     global_ttt_batch_seqs: int = setting(32, "sequences of a step there, all processes", 1)
     global_ttt_respect_doc_boundaries: bool = setting(True, "documents apart there")
+    global_ttt_optimizer: str = setting("sgd", "optimiser there", choices=("sgd", "adamw"))
+    ttt_freeze_blocks: int = setting(0, "first blocks that a global phase leaves as they are", 0)
+    ttt_lr_floor_frac: float = setting(0.0, "floor of the learning rate's cosine there", 0, 1)
+    ttt_second_pass_frac: float = setting(0.0, "ILLEGAL: learn all, this part twice; score", 0, 1)
+    # -- what a score takes besides the model's probabilities
+    allow_illegal: bool = setting(False, "allow what the challenge refuses; scores say so")
+    ngram_tilt_enabled: bool = setting(False, "raise the token that n-grams of the prefix expect")
+    token_order: int = setting(16, "n of the token expert", 2)
+    token_threshold: float = setting(0.8, "least share of the expected token in its context", 0, 1)
+    token_boost: float = setting(2.625, "what it adds to the logit", 0)
+    within_tau: float = setting(0.45, "the same for the expert inside words", 0)
+    within_boost: float = setting(0.0, "and its boost", 0)
+    word_order: int = setting(4, "words of the expert for word starts, the expected one too", 2)
+    word_tau: float = setting(0.65, "its least share", 0)
+    word_boost: float = setting(0.0, "and its boost", 0)
+    agree_add_boost: float = setting(0.0, "added where two experts agree", 0)
+    ngram_target_gate: bool = setting(False, "ILLEGAL: word experts see the class of the target")
+    ngram_mixer: str = setting("", "n-grams; hashed: ILLEGAL", choices=("", "exact", "hashed"))
+    ngram_order: int = setting(22, "longest n-gram of the mixer", 2)
+    ngram_buckets: int = setting(4194304, "of each order of the hashed mixer", 1)
+    ngram_min_tokens: int = setting(5000, "tokens before which nothing is mixed in", 0)
+    ngram_alpha_base: float = setting(0.20, "weight of the n-grams: base +", 0)
+    ngram_alpha_range: float = setting(0.55, "range * sigmoid(2 (entropy -", 0)
+    ngram_alpha_center: float = setting(2.5, "center)), of the model's prediction in nats")
+    slot_enabled: bool = setting(False, "fit shifts of state and logits before a chunk is scored")
+    slot_fit: str = setting("context", "to what; scored: ILLEGAL", choices=("context", "scored"))
+    slot_context: int = setting(64, "targets before the chunk that they are fitted to", 1)
+    slot_steps: int = setting(24, "AdamW steps of a fit", 1)
+    slot_lr: float = setting(0.432, "its learning rate, falling as a cosine", 0)
+    slot_lr_min: float = setting(0.001, "to this", 0)
+    slot_beta1: float = setting(0.6, "its first beta", 0, 0.9999)
+    slot_beta2_ps: float = setting(0.5, "its second beta", 0, 0.99999)
+    slot_batch_seqs: int = setting(128, "divisor of its gradients", 1)
 
     @staticmethod
     def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
@@ -230,6 +285,8 @@ class Config:
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
         loops, wall = self.num_loops, self.max_wallclock_seconds
+        stages = self.pairs("train_seq_schedule", "@")
+        chunks = (self.ttt_chunk_size, *(int(c) for _, c in self.short_chunks))
         rules = (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
@@ -246,8 +303,15 @@ class Config:
              "PARALLEL_START_LAYER must be below NUM_LAYERS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
             (self.val_batch_tokens % 8 == 0, "VAL_BATCH_TOKENS must be a multiple of 8"),
-            (self.ttt_chunk_size <= self.ttt_eval_seq_len,
-             "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"),
+            (min(chunks) > 0 and max(chunks) <= self.ttt_eval_seq_len,
+             "TTT_CHUNK_SIZE and those of short documents must be at most TTT_EVAL_SEQ_LEN"),
+            (not (self.ttt_stream and self.short_chunks),
+             "TTT_STREAM needs one chunk size: TTT_SHORT_SCORE_FIRST_ENABLED=0"),
+            (not stages or max(n for n, _ in stages) == self.train_seq_len,
+             "TRAIN_SEQ_LEN must be the longest of TRAIN_SEQ_SCHEDULE"),
+            ([end for _, end in stages] == sorted({end for _, end in stages})
+             and all(n >= 2 for n, _ in stages) and (not stages or stages[-1][1] == 1),
+             "TRAIN_SEQ_SCHEDULE must have rising fractions, the last one 1"),
             (self.global_ttt_chunk_tokens >= self.eval_seq_len,
              "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
             (not wall or self.gptq_reserve_seconds < wall,
@@ -255,11 +319,58 @@ class Config:
             (self.ttt_eval_only + self.prequant_only + self.quantize_only <= 1,
              "of TTT_EVAL_ONLY, PREQUANT_ONLY and QUANTIZE_ONLY at most one can be 1"),
             (self.lqer_rank <= self.kv_dim, "LQER_RANK must be at most NUM_KV_HEADS * head width"),
+            (not (self.ngram_tilt_enabled and self.ngram_mixer),
+             "of NGRAM_TILT_ENABLED and NGRAM_MIXER at most one can be on"),
+            (self.tokenizer_path or not (self.ngram_tilt_enabled and self.word_experts),
+             "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
+            (self.ngram_alpha_base + self.ngram_alpha_range < 1,
+             "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
+            (self.ngram_buckets & (self.ngram_buckets - 1) == 0,
+             "NGRAM_BUCKETS must be a power of 2"),
+            (not (self.slot_enabled and self.ttt_stream), "SLOT_ENABLED=1 needs TTT_STREAM=0"),
+            (self.allow_illegal or not self.illegal(),
+             f"{'; '.join(self.illegal())}: the challenge refuses such a score. ALLOW_ILLEGAL=1 "
+             "runs it, and says so beside the score"),
         )
         for holds, text in rules:
             if not holds:
                 raise UserError(f"contradictory settings: {text}")
         return self
+
+    def pairs(self, name: str, mark: str) -> tuple[tuple[int, float], ...]:
+        """The numbers of a setting of the form "A@B,A@B" (mark @); UserError if it is not."""
+        parts = (part.split(mark) for part in getattr(self, name).split(",") if part.strip())
+        try:
+            return tuple((int(a), float(b)) for a, b in parts)
+        except ValueError:
+            raise UserError(f"{name.upper()}={getattr(self, name)}: must be numbers as in "
+                            f"512{mark}1,1024{mark}2") from None
+
+    @property
+    def word_experts(self) -> bool:
+        return self.within_boost > 0 or self.word_boost > 0
+
+    def illegal(self) -> list[str]:
+        """Why the challenge would refuse a score made with these settings."""
+        reasons = (
+            (self.ngram_tilt_enabled and self.word_experts and self.ngram_target_gate,
+             "NGRAM_TARGET_GATE=1 gives a hint by the class of the token being scored"),
+            (self.ngram_mixer == "hashed",
+             "NGRAM_MIXER=hashed is no distribution: it does not sum to one over the vocabulary"),
+            (self.slot_enabled and self.slot_fit == "scored",
+             "SLOT_FIT=scored scores the tokens that it was fitted to"),
+            (self.ttt_second_pass_frac,
+             "TTT_SECOND_PASS_FRAC scores tokens after training on them"),
+        )
+        return [text for holds, text in reasons if holds]
+
+    @property
+    def short_chunks(self) -> tuple[tuple[int, float], ...]:
+        """(longest document of a batch, chunk of that batch), from the shortest up."""
+        if not self.ttt_short_score_first_enabled:
+            return ()
+        steps = self.pairs("ttt_short_score_first_steps", ":")
+        return steps or ((self.ttt_short_doc_len, self.ttt_short_chunk_size),)
 
     @property
     def head_dim(self) -> int:
@@ -279,6 +390,7 @@ class Config:
                  "hidden_dim", "gate_window", "num_loops", "loop_start", "loop_end", "rope_base",
                  "rope_dims", "xsa_last_n", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
                  "smear_gate_enabled", "skip_gates_enabled", "ln_scale", "logit_softcap",
+                 "asym_logit_rescale", "leaky_relu_slope", "gated_xsa",
                  "parallel_start_layer", "parallel_final_lane")
         return {name: getattr(self, name) for name in names}
 
@@ -286,8 +398,11 @@ class Config:
 SETTINGS = {f.name.upper(): f for f in fields(Config)}
 # Names that #1855 and its lineage set, each with the only values that this program can honour.
 FIXED = {
-    "TIE_EMBEDDINGS": ("1",), "ROPE_YARN": ("0",), "ROPE_TRAIN_SEQ_LEN": ("2048",),
-    "EVAL_STRIDE": ("64",), "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",),
+    "TIE_EMBEDDINGS": ("1",), "ROPE_YARN": ("0",), "ROPE_TRAIN_SEQ_LEN": ("2048", "3072"),
+    "EVAL_STRIDE": ("64", "1536"), "COMPILE_SHAPE_WARMUP": ("1",), "SKYLIGHT_MUON": ("0",),
+    "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock",), "TEMPERATURE_SCALE": ("1.0", "1"),
+    "WORD_NORMALIZE": ("strip_punct_lower",), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": ("0",),
+    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",),
     "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "VAL_DOC_FRACTION": ("1.0",),
     "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "PHASED_TTT_ENABLED": ("1",),
     "TTT_GRAD_STEPS": ("1",), "TTT_OPTIMIZER": ("adam",), "TTT_EVAL_BATCHES": ("",),
@@ -295,11 +410,12 @@ FIXED = {
     "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
 }
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "GLOBAL",
-           "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP"}
+GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
+           "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
+           "TOKEN"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
-PREFIXES |= {"AGREE", "ASYM", "AWQ", "FORCE", "NGRAM", "SKYLIGHT", "SLOT", "WITHIN", "WORD"}
+PREFIXES |= {"MTP", "SWA"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 
 
@@ -572,10 +688,16 @@ def _programs(x: Tensor, tiles: int, each: int) -> int:
 
 # ---- softcap + cross-entropy
 
-def softcap_cross_entropy_ref(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+def softcap(z: Tensor, cap: "float | Tensor") -> Tensor:
+    """cap * tanh(z / cap) in float32; cap [2] holds that of z > 0, then that of the others."""
+    z = z.float()
+    cap = cap if isinstance(cap, float) else torch.where(z > 0, *cap.float())
+    return cap * torch.tanh(z / cap)
+
+
+def softcap_cross_entropy_ref(z: Tensor, targets: Tensor, cap: "float | Tensor") -> Tensor:
     """z [N, V] raw logits, targets [N] int64 -> losses [N] float32, in nats."""
-    logits = cap * torch.tanh(z.float() / cap)  # [N, V]
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(softcap(z, cap), targets, reduction="none")
 
 
 @jit
@@ -632,15 +754,15 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None
 
 
-def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: float, w: Tensor | None = None
-                          ) -> Tensor:
+def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
+                          w: Tensor | None = None) -> Tensor:
     """Cross-entropy of cap * tanh(z / cap), token by token; all arithmetic in float32.
 
     z [N, V] raw logits (bfloat16, float16 or float32), or their factors: z [N, d] and w [V, d];
     then the logits are never kept. targets [N] int64 in 0..V-1 (not checked) -> losses [N] float32,
-    in nats. Gradients have z's dtype.
+    in nats. Gradients have z's dtype. A learnt cap, see `softcap`, takes the twin.
     """
-    if fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
+    if isinstance(cap, float) and fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
         return SoftcapCrossEntropy.apply(z, w, targets, cap)
     return softcap_cross_entropy_ref(z if w is None else z @ w.T, targets, cap)
 
@@ -1003,17 +1125,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
-              attend: Callable, xsa: bool, gate_scale: float) -> Tensor:
+              attend: Callable, xsa: "bool | Tensor", gate_scale: float) -> Tensor:
     """x [B, T, (H + 2K) D] queries, keys, values; near [B, T, W]; gain [H]; gate [H, W]; rope
-    [2, T, D/2] -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA, sparse gate."""
+    [2, T, D/2] -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA (of xsa [H] how
+    much a head), sparse gate."""
     (H,), D, rope = gain.shape, 2 * rope.shape[-1], rope.to(x.dtype)
     K = (x.shape[-1] // D - H) // 2
     qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
     gain = torch.cat((gain, gain.new_ones(K))).to(x.dtype)
     y = attend(*(rotate(rms(qk), *rope) * gain[:, None]).split([H, K], dim=2), v)
-    if xsa:  # less its part along the token's own value
+    if xsa is not False:  # less its part along the token's own value
         y, axis = y.unflatten(2, (K, -1)), F.normalize(v, dim=-1)[:, :, :, None]
-        y = (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
+        along = (y * axis).sum(-1, keepdim=True)
+        along = along if xsa is True else along * xsa.to(y.dtype).view(K, -1, 1)
+        y = (y - along * axis).flatten(2, 3)
     if gate is not None:
         y = y * torch.sigmoid(gate_scale * F.linear(near, gate.to(x.dtype)))[..., None]
     return y.flatten(2)
@@ -1226,10 +1351,11 @@ class FusedHeads(torch.autograd.Function):
 
 
 def heads(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
-          attend: Callable, segments: "Segments", xsa: bool, gate_scale: float) -> Tensor:
+          attend: Callable, segments: "Segments", xsa: "bool | Tensor",
+          gate_scale: float) -> Tensor:
     """heads_ref over segments; fused around FlashAttention-4 where the shapes are its kernels'."""
     H, D = len(gain), 2 * rope.shape[-1]
-    if attend is attend_fa4 and fused(x) and all(
+    if attend is attend_fa4 and fused(x) and isinstance(xsa, bool) and all(
             n & (n - 1) == 0 for n in (H, D, x.shape[-1] // D - H)):
         return FusedHeads.apply(x, near, gain, gate, rope, segments, xsa, gate_scale)
 
@@ -1378,9 +1504,6 @@ def choose_attention(device: torch.device, dtype: torch.dtype, wanted: str = "au
 # ==================================================================================================
 # §5 Model
 # ==================================================================================================
-LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU
-
-
 class Pass(NamedTuple):
     """One run of one block: what the forward needs to know about it, fixed before anything runs."""
 
@@ -1456,9 +1579,11 @@ def paired(w: Tensor, cfg: Config) -> Tensor:
 class AttentionParameters(nn.Module):
     """The small tensors of one attention layer; its matrices live in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        if cfg.gated_xsa and layer >= cfg.num_layers - cfg.xsa_last_n:
+            self.xsa_alpha = nn.Parameter(torch.zeros(cfg.num_heads))
         if cfg.sparse_attn_gate_enabled:
             self.attn_gate_w = nn.Parameter(torch.zeros(cfg.num_heads, cfg.gate_window))
 
@@ -1466,9 +1591,9 @@ class AttentionParameters(nn.Module):
 class Block(nn.Module):
     """The small tensors of one block."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.attn = AttentionParameters(cfg)
+        self.attn = AttentionParameters(cfg, layer)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         mix = torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)))
@@ -1495,7 +1620,7 @@ class GPT(nn.Module):
         self.kv_bank = nn.Parameter(torch.empty(2 * n, kv, d))
         self.mlp_up_bank = nn.Parameter(torch.empty(n, hidden, d))
         self.mlp_down_bank = nn.Parameter(torch.empty(n, d, hidden))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(n))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), d))
         if cfg.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), d))
@@ -1505,6 +1630,9 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if cfg.asym_logit_rescale:
+            self.softcap_pos, self.softcap_neg = (
+                nn.Parameter(torch.tensor([cfg.logit_softcap])) for _ in range(2))
         self.register_buffer("rope", rotary_table(cfg), persistent=False)
         self.reset_parameters()
 
@@ -1544,14 +1672,18 @@ class GPT(nn.Module):
         lora: "Lora | None" = None,
         at: Tensor | None = None,
         past: "Past | None" = None,
+        read: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
-        With `at` [B, C] (positions) only those targets are scored: targets and result [B, C]."""
+        With `at` [B, C] (positions) only those targets are scored: targets and result [B, C].
+        `read` is given the final state [B, T, d]."""
         h = self.hidden(ids, segments, looped, lora, past=past)
+        if read:
+            read(h.detach())
         if at is not None:
             h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
-        cap, fused_ce = self.cfg.logit_softcap, self.cfg.fused_ce_enabled
+        cap, fused_ce = self.cap(), self.cfg.fused_ce_enabled
         if fused_ce and lora is None:
             w = self.tok_emb.weight.to(h.dtype)
             losses = softcap_cross_entropy(h.flatten(0, 1), targets.flatten(), cap, w)
@@ -1560,10 +1692,20 @@ class GPT(nn.Module):
             losses = loss(self.head(h, lora).flatten(0, 1), targets.flatten(), cap)
         return losses.view_as(targets)
 
+    def cap(self) -> float | Tensor:
+        """The softcap: a constant, or two parameters, which training and global phases move."""
+        if not self.cfg.asym_logit_rescale:
+            return self.cfg.logit_softcap
+        return torch.cat((self.softcap_pos, self.softcap_neg))
+
     def head(self, h: Tensor, lora: "Lora | None" = None) -> Tensor:
         """Logits before the softcap: h [B, T, d] -> [B, T, V], with the tied embedding."""
         z = F.linear(h, self.tok_emb.weight.to(h.dtype))
         return z if lora is None else z + lora("head", 0, h)
+
+    def logits(self, h: Tensor, lora: "Lora | None" = None) -> Tensor:
+        """Logits as the loss sees them: h [B, T, d] -> float32 [B, T, V]."""
+        return softcap(self.head(h, lora), self.cap())
 
     def hidden(
         self,
@@ -1661,7 +1803,10 @@ class GPT(nn.Module):
             parts = zip("qkv", x.split([H * D, K * D, K * D], dim=-1), strict=True)
             x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
         gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
-        rest = step.layer >= cfg.num_layers - cfg.xsa_last_n, cfg.sparse_attn_gate_scale
+        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
+        if xsa and cfg.gated_xsa:  # idea: #2018
+            xsa = torch.tanh(block.attn.xsa_alpha)
+        rest = xsa, cfg.sparse_attn_gate_scale
         if isinstance(segments, Past):
             attend = functools.partial(segments.attend, step.slot)
             y = heads_ref(x, near, block.attn.q_gain, gate, rope, attend, *rest)
@@ -1680,9 +1825,9 @@ class GPT(nn.Module):
         """Squared LeakyReLU between up and down: n [B, T, d] -> [B, T, d], scaled."""
         if observe:
             observe(f"mlp.{step.layer}", n)
-            hidden = F.leaky_relu(F.linear(n, up), LEAKY_SLOPE).square()
+            hidden = F.leaky_relu(F.linear(n, up), self.cfg.leaky_relu_slope).square()
             observe(f"mlp_hidden.{step.layer}", hidden)
-        y = leaky_mlp(n.flatten(0, 1), up, down, LEAKY_SLOPE).view_as(n)
+        y = leaky_mlp(n.flatten(0, 1), up, down, self.cfg.leaky_relu_slope).view_as(n)
         if lora is not None:
             y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
         return y
@@ -1741,7 +1886,9 @@ class Lora(nn.Module):
         super().__init__()
         d, kv, r = cfg.model_dim, cfg.kv_dim, cfg.ttt_lora_rank
         out = {"q": d, "k": kv, "v": kv, "o": d, "mlp": d, "head": cfg.vocab_size}
-        on = {"k": cfg.ttt_k_lora, "o": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}
+        on = {"q": cfg.ttt_q_lora and cfg.ttt_mask not in ("no_q", "no_qv"), "k": cfg.ttt_k_lora,
+              "v": cfg.ttt_v_lora and cfg.ttt_mask not in ("no_v", "no_qv"), "o": cfg.ttt_o_lora,
+              "mlp": cfg.ttt_mlp_lora}
         self.scale, self.init, self.rows = cfg.ttt_lora_alpha / r, init, slice(None)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for role in (role for role in out if on.get(role, True)):
@@ -1786,7 +1933,7 @@ class Route(NamedTuple):
     store: str  # number format in the artifact
 
 
-SMALL = r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)"
+SMALL = r"blocks\.\d+\.(attn\.(q_gain|xsa_alpha)|attn_scale|mlp_scale|resid_mix)"
 ROOT = r"skip_(weights|gates)|parallel_(post|resid)_lambdas|smear_lambda|smear_gate\.weight"
 ROUTES = (
     Route(r"(qo|kv|mlp_up|mlp_down)_bank", "muon", "matrix_lr", "muon_wd", "gptq"),
@@ -1794,6 +1941,7 @@ ROUTES = (
     Route(r"blocks\.\d+\.attn\.attn_gate_w", "adamw", "scalar_lr", "adam_wd", "int8_rows"),
     Route(SMALL, "adamw", "scalar_lr", "adam_wd", "float16"),
     Route(ROOT, "adamw", "scalar_lr", "adam_wd", "float16"),
+    Route(r"softcap_(pos|neg)", "adamw", "scalar_lr", "", "float16"),  # decay would pull them to 0
 )
 
 
@@ -1865,7 +2013,7 @@ class Optimisers:
         self.adamw = torch.optim.AdamW(
             [
                 {"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
-                 "weight_decay": getattr(cfg, decay)}
+                 "weight_decay": getattr(cfg, decay) if decay else 0.0}
                 for (lr, decay), ps in groups.items()
             ],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda",
@@ -2088,7 +2236,7 @@ class TrainRows:
     def __init__(self, stream: TokenStream, cfg: Config, rt: Runtime):
         self.stream, self.cfg, self.rt = stream, cfg, rt
         self.length = cfg.train_batch_tokens // 8
-        self.count = (len(stream) - 1) // self.length
+        self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
         if self.count < 1:
             raise UserError(f"{stream.paths[0].parent}: {len(stream)} training tokens, less than "
                             f"a row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
@@ -2096,7 +2244,7 @@ class TrainRows:
     def row(self, g: int) -> Row:
         begin = g % self.count * self.length
         ids = self.stream.checked_ids(begin, begin + self.length + 1, self.cfg.vocab_size)
-        return make_row(ids[:-1], ids[1:], self.cfg.train_seq_len, self.rt.device)
+        return make_row(ids[:-1], ids[1:], self.longest, self.rt.device)
 
     def step(self, step: int) -> list[Row]:
         """This rank's rows of a step: the 8 rows of the step are shared out in order."""
@@ -2288,6 +2436,32 @@ def grid_for(role: str, cfg: Config) -> Grid:
     return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
 
 
+def protected_columns(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                      cfg: Config) -> dict[str, Tensor]:
+    """AWQ-lite (#1908): first columns of the groups that get AWQ_LITE_BITS, by matrix.
+
+    A column's importance is the RMS of its input, from diag(H), times its mean |w|; a group's is
+    the sum, and the AWQ_LITE_GROUP_TOP_K best of all matrices of fewer bits are taken."""
+    size, found = cfg.awq_lite_group_size, []
+    passes = [f".{step.layer}" for step in layer_plan(cfg, looped=True)]
+    for m in matrices(cfg):
+        W, H = weights[m.name], hessians[m.source]
+        if grid_for(m.role, cfg).bits < cfg.awq_lite_bits:
+            seen = max(1, sum(m.source.endswith(layer) for layer in passes))  # inputs: x tokens
+            rms_in = (H.diagonal() / (seen * cfg.train_batch_tokens)).sqrt()
+            groups = (rms_in * W.abs().mean(0))[: W.shape[1] // size * size].view(-1, size).sum(1)
+            found += [(-g, m.name, i * size) for i, g in enumerate(groups.tolist())]
+    best = sorted(found)[: cfg.awq_lite_group_top_k]
+    return {name: torch.tensor(sorted(at for _, n, at in best if n == name), dtype=torch.int16)
+            for name in {name for _, name, _ in best}}
+
+
+def spread(starts: Tensor, size: int, cols: int) -> Tensor:
+    """bool [cols]: the columns of groups of `size` that begin at `starts`."""
+    inside = torch.arange(cols)[:, None] - starts.cpu().long()
+    return ((inside >= 0) & (inside < size)).any(1)
+
+
 def matrix_of(state: Mapping[str, Tensor], m: Matrix) -> Tensor:
     """The float32 weights of a matrix."""
     return (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
@@ -2302,15 +2476,15 @@ class Factor(NamedTuple):
     U: Tensor
 
 
-def factorise(H: Tensor) -> Factor:
-    """H [cols, cols], damped by 1% of its mean diagonal; UserError if it is not finite."""
+def factorise(H: Tensor, damp: float = 0.01) -> Factor:
+    """H [cols, cols], damped by `damp` times its mean diagonal; UserError if it is not finite."""
     H = H.float().clone()
     if not torch.isfinite(H).all():
         raise UserError("calibration gave a Hessian that is not finite; train longer or lower the "
                         "learning rates")
     dead = H.diagonal() == 0  # an input that is always zero: its weight does not matter
     H.diagonal()[dead] = 1
-    H.diagonal().add_(0.01 * H.diagonal().mean())
+    H.diagonal().add_(damp * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
     U = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True
@@ -2319,19 +2493,24 @@ def factorise(H: Tensor) -> Factor:
 
 
 @torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
+def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128, damp: float = 0.01,
+         fine: Tensor | None = None, finer: Grid | None = None) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
 
     W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s. E
-    holds the scaled errors of a block. Raises UserError if H is not finite."""
-    (dead, order, U), s = factorise(H), grid.steps(W.float())
-    step, W = s.float(), W.float().masked_fill(dead, 0)[:, order]
+    holds the scaled errors of a block. Columns in `fine` [cols] are on the grid `finer`. Raises
+    UserError if H is not finite."""
+    (dead, order, U), s = factorise(H, damp), grid.steps(W.float())
+    kinds = [(grid, s.float()), (finer, finer.steps(W.float()).float() if finer else None)]
+    kind = [0] * W.shape[1] if fine is None else fine[order.cpu()].int().tolist()
+    W = W.float().masked_fill(dead, 0)[:, order]
     Q = torch.empty_like(W)
     for i in range(0, W.shape[1], block):
         j = min(i + block, W.shape[1])
         E = torch.empty_like(W[:, i:j])
         for c in range(i, j):
-            Q[:, c] = grid.round(W[:, c], step)
+            own, step = kinds[kind[c]]
+            Q[:, c] = own.round(W[:, c], step)
             E[:, c - i] = (W[:, c] - Q[:, c] * step) / U[c, c]
             W[:, c:j] -= E[:, c - i, None] * U[c, c:j]
         W[:, j:] -= E @ U[i:j, j:]
@@ -2471,7 +2650,14 @@ def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
 def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Of either quantiser, without its low-rank correction."""
     q, s, c = (tensors.get(f"{name}.{part}") for part in "qsc")
-    return decode_gptq(q, s) if c is None else decode_trellis(q, s, c, int(tensors["trellis"]))
+    if c is not None:
+        return decode_trellis(q, s, c, int(tensors["trellis"]))
+    W = decode_gptq(q, s)
+    if f"{name}.awq_start" in tensors:
+        start, size, s = (tensors[f"{name}.awq_{part}"] for part in ("start", "size", "s"))
+        fine = spread(start, int(size), W.shape[1])
+        W[:, fine] = decode_gptq(q, s)[:, fine]
+    return W
 
 
 def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
@@ -2658,16 +2844,34 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
              by_trellis: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state dict as the tensors of an artifact, on the CPU.
 
-    A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected; int8 rows become
-    NAME.q and NAME.s; everything else NAME in float16. by_trellis: of `quantise_trellis`."""
+    A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected, NAME.awq_* where
+    it has columns of more bits; int8 rows become NAME.q and NAME.s; everything else NAME in
+    float16. by_trellis: of `quantise_trellis`, without corrections, which gain nothing there."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors = dict(by_trellis or {}), {}
-    for m in () if by_trellis else matrices(cfg):  # LQER gains nothing after a trellis
-        W = matrix_of(state, m)
-        q, s = gptq(W, hessians[m.source], grid_for(m.role, cfg))
-        out[f"{m.name}.q"], out[f"{m.name}.s"], errors[m.name] = q, s, W - decode_gptq(q, s)
+    weights = {} if by_trellis else {m.name: matrix_of(state, m) for m in matrices(cfg)}
+    awq = cfg.awq_lite_enabled and not by_trellis
+    protected = protected_columns(weights, hessians, cfg) if awq else {}
+    for m in () if by_trellis else matrices(cfg):
+        W, grid, starts = weights[m.name], grid_for(m.role, cfg), protected.get(m.name)
+        finer, fine = grid._replace(bits=cfg.awq_lite_bits), None
+        if starts is not None:
+            fine = spread(starts, cfg.awq_lite_group_size, W.shape[1])
+            size = torch.tensor([cfg.awq_lite_group_size], dtype=torch.int16)
+            out.update({f"{m.name}.awq_start": starts, f"{m.name}.awq_size": size,
+                        f"{m.name}.awq_s": finer.steps(W)})
+        q, s = gptq(W, hessians[m.source], grid, damp=cfg.gptq_damp_factor, fine=fine, finer=finer)
+        out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
+        errors[m.name] = W - decode_gptq(q, s)
+        if fine is not None:
+            errors[m.name][:, fine] = (W - decode_gptq(q, finer.steps(W)))[:, fine]
+    scope = {"all": "", "attn": ".attn.", "mlp": ".mlp.", "embed": "tok_emb"}[cfg.lqer_scope]
     if cfg.lqer_enabled:
-        worst = sorted(errors, key=lambda name: -errors[name].norm().item())
+        gain = {name: E.norm().item() for name, E in errors.items() if scope in name}
+        if cfg.lqer_gain_select:  # what the stored correction takes off, not what there is to take
+            gain = {n: g - (errors[n] - decode_lqer(encode_lqer(errors[n], cfg))).norm().item()
+                    for n, g in gain.items()}
+        worst = sorted((name for name in gain if gain[name] > 0), key=lambda name: -gain[name])
         for name in worst[: cfg.lqer_top_k]:
             out.update({f"{name}.{k}": v for k, v in encode_lqer(errors[name], cfg).items()})
     for name, r in route(list(state)).items():
@@ -2705,6 +2909,11 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
         take(f"{name}.s", "float16", shape[0])
         if f"{name}.c" in left:
             take(f"{name}.c", "int8", shape[1])
+        if f"{name}.awq_start" in left:
+            count = math.prod(left[f"{name}.awq_start"][1])
+            take(f"{name}.awq_start", "int16", max(1, min(count, shape[1])))
+            take(f"{name}.awq_size", "int16", 1)
+            take(f"{name}.awq_s", "float16", shape[0])
         if any(f"{name}.lqer_{part}" in left for part in ("a", "b", "sa", "sb")):
             rank = max(1, min([*shape, *left.get(f"{name}.lqer_a", ("", [1]))[1][-1:]]))
             take(f"{name}.lqer_a", "int8", shape[0], rank)
@@ -3187,12 +3396,40 @@ class ValSet(NamedTuple):
         return [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
 
 
+def read_pieces(cfg: Config) -> list[str]:
+    """The V pieces of the tokenizer at TOKENIZER_PATH, by id; control pieces in <>."""
+    import sentencepiece
+
+    if not Path(cfg.tokenizer_path).is_file():
+        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; these settings need "
+                        "the tokenizer's pieces: set it to the data's SentencePiece model")
+    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    return [f"<{i}>" if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+            else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
+
+
+def piece_bytes(ids: np.ndarray, pieces: list[str]) -> np.ndarray:
+    """Original bytes of each id of a set without sidecar: the piece's, a byte piece's one, none of
+    a control piece, nor of the blank before the first word after one."""
+    control = np.array([bool(re.fullmatch(r"<\d+>", piece)) for piece in pieces])
+    blank = np.array([piece.startswith("\u2581") for piece in pieces])
+    text = [1 if re.fullmatch(r"<0x..>", p) else len(p.removeprefix("\u2581").encode())
+            for p in pieces]
+    sizes = np.where(control, 0, text)[ids]
+    sizes[1:] += blank[ids[1:]] & ~control[ids[:-1]]
+    return sizes.astype(np.uint16)
+
+
 def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
     folder = data_folder(cfg)
     stream, sides = TokenStream(shard_paths(folder, "fineweb_val_*.bin")), []
+    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     for path, shard in zip(stream.paths, stream.shards, strict=True):
         side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
+        if not side.is_file() and not cfg.caseops_enabled and cfg.tokenizer_path:
+            sides.append(piece_bytes(np.asarray(shard), read_pieces(cfg)))
+            continue
         if not side.is_file():
             raise UserError(f"{side}: the byte sidecar of {path.name} is missing; without it there "
                             "is no BPB: prepare the data again")
@@ -3205,13 +3442,14 @@ def load_val(cfg: Config) -> ValSet:
         if wrong.size:
             raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
                             f"of {path.name}; prepare both again, together")
-    ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     if ids[0] != BOS:
         raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
     if len(ids) < cfg.eval_seq_len + 1:
         raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
                         f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
-    return ValSet(ids, np.concatenate(sides).astype(np.int32))
+    tail = 0 if cfg.eval_include_tail else (len(ids) - 1) % cfg.eval_seq_len
+    kept = slice(len(ids) - tail)
+    return ValSet(ids[kept], np.concatenate(sides)[kept].astype(np.int32))
 
 
 class Meter:
@@ -3325,6 +3563,7 @@ class Window(NamedTuple):
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
+    first: Tensor  # [b] position in the stream of the token before the chunk's first target
     reach: int = 0  # tokens in Past that are looked at
 
 
@@ -3368,10 +3607,17 @@ def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
             sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
             mask[b, :n] = 1
         trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
-        arrays = (ids, at, targets, sizes, mask.astype(bool), trains)
-        tensors = (upload(x, device) for x in arrays)
+        first = np.array([doc.begin + chunk * C for doc in docs])
+        arrays = (ids, at, targets, sizes, mask.astype(bool), trains, first)
+        *tensors, first = (upload(x, device) for x in arrays)
         where = slice(row, row + len(docs))
-        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()))
+        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()), first)
+
+
+def for_batch(batch: list[Document], cfg: Config) -> Config:
+    """The settings of a batch: the chunk goes by its longest document. idea: #2014"""
+    fits = (int(chunk) for longest, chunk in cfg.short_chunks if batch[-1].targets <= longest)
+    return replace(cfg, ttt_chunk_size=next(fits, cfg.ttt_chunk_size))
 
 
 def upload(x: np.ndarray, device: torch.device) -> Tensor:
@@ -3391,6 +3637,7 @@ def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
         for x, source in zip(text, val, strict=True):
             x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
     (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
+    begins = upload(np.array([doc.begin for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
         at = chunk * C
@@ -3398,7 +3645,7 @@ def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
         new, late = slice(at + 2, at + C + 2), left[rows] - at
         yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
                      sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
-                     int((counts - at).clip(0, C).sum()), -(-at // unit) * unit)
+                     int((counts - at).clip(0, C).sum()), begins[rows] + at, -(-at // unit) * unit)
 
 
 class Scored:
@@ -3410,16 +3657,20 @@ class Scored:
 
 
 class Adapter:
-    """Adapters of one batch of documents, their optimiser, and what they do: score, train."""
+    """Adapters of one batch of documents, their optimiser, and what they do: score, train.
 
-    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
-        self.forward, self.cfg, self.rt = forward, cfg, rt
+    `rules` (§13) may put other losses into the score; what is learnt from are the model's."""
+
+    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
+                 rules: Any = None):
+        self.forward, self.cfg, self.rt, self.rules = forward, cfg, rt, rules
+        self.read = rules.keep if rules else None
         self.lora = Lora(cfg, batch, rt.device, init)
         self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
         self.optimiser = torch.optim.AdamW(
-            self.lora.parameters(), lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
-            eps=1e-10, weight_decay=cfg.ttt_weight_decay, fused=rt.device.type == "cuda",
-            capturable=rt.device.type == "cuda",
+            self.lora.parameters(), lr=cfg.ttt_lora_lr * cfg.ttt_local_lr_mult,
+            betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
+            fused=rt.device.type == "cuda", capturable=rt.device.type == "cuda",
         )
 
     def reset(self, anew: bool = False) -> None:
@@ -3433,14 +3684,16 @@ class Adapter:
     def losses(self, window: Window) -> Tensor:
         """Of every target of the window [b, C], by one forward over the whole of it."""
         segments = Segments.batch(*window.ids.shape, window.ids.device)
-        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at)
+        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at,
+                            read=self.read)
 
     def score(self, window: Window, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
         self.lora.rows = window.rows
         with torch.set_grad_enabled(window.updates):
             losses = self.losses(window)
-        meter.add(losses, window.sizes, window.mask)
+        used = self.rules(losses.detach(), window, self.lora) if self.rules else losses
+        meter.add(used, window.sizes, window.mask)
         return Scored(losses, window)
 
     def learn(self, scored: Scored) -> None:
@@ -3454,8 +3707,9 @@ class Adapter:
 
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
         """For every chunk of a batch its windows, usually one."""
-        for chunk in range(-(-batch[-1].targets // self.cfg.ttt_chunk_size)):
-            yield list(plan_windows(batch, chunk, val, self.cfg, self.rt.device))
+        cfg = for_batch(batch, self.cfg)
+        for chunk in range(-(-batch[-1].targets // cfg.ttt_chunk_size)):
+            yield list(plan_windows(batch, chunk, val, cfg, self.rt.device))
 
     def run(self, windows: list[Window], meter: Meter) -> None:
         """A chunk: every window scored, then learnt from; then one step."""
@@ -3474,7 +3728,8 @@ class Adapter:
             return
         tensors = {n: x for n, x in window._asdict().items() if isinstance(x, Tensor)}
         self.recorder(
-            (meter, window.rows.start, window.ids.shape, window.updates, window.reach),
+            (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
+             window.reach),
             lambda *xs: self.run([window._replace(**dict(zip(tensors, xs, strict=True)))], meter),
             list(tensors.values()))
 
@@ -3484,8 +3739,9 @@ class Streamed(Adapter):
 
     The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
 
-    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable):
-        super().__init__(forward, cfg, rt, batch, init)
+    def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
+                 rules: Any = None):
+        super().__init__(forward, cfg, rt, batch, init, rules)
         self.past = Past(cfg, batch, rt.device, rt.dtype)
 
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
@@ -3496,7 +3752,8 @@ class Streamed(Adapter):
     def losses(self, window: Window) -> Tensor:
         """Of the chunk alone, which sees the chunks before it."""
         self.past.seek(window.at, window.rows, window.reach)
-        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past)
+        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past,
+                            self.read)
 
 
 def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
@@ -3519,7 +3776,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def planned_cost(batch: list[Document], cfg: Config) -> int:
     """Tokens that a batch runs through the model, up to a factor: what its time is taken to be."""
-    C, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
+    C = for_batch(batch, cfg).ttt_chunk_size
+    most = cfg.ttt_eval_seq_len // C
     chunks = [-(-doc.targets // C) for doc in batch]
     if cfg.ttt_stream:  # in step: the longest document's chunks
         return max(chunks)
@@ -3578,20 +3836,32 @@ def global_rows(tokens: np.ndarray, cfg: Config) -> Iterator[tuple[float, int, i
     size, length = cfg.global_ttt_chunk_tokens, cfg.eval_seq_len
     chunks = -(-(len(tokens) - 1) // size)
     for c in range(chunks - 1):  # the last chunk is not trained on
-        lr = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / (chunks - 1)))
+        cosine = 0.5 * (1 + math.cos(math.pi * c / (chunks - 1)))
+        lr = cfg.global_ttt_lr * max(cosine, cfg.ttt_lr_floor_frac)
         for s in range(0, size // length, cfg.global_ttt_batch_seqs):
             count = min(cfg.global_ttt_batch_seqs, size // length - s)
             yield lr, c * size + s * length, count
+
+
+def frozen_gradients(model: GPT, blocks: int) -> Iterator[Tensor]:
+    """The gradients of the first `blocks` blocks, of their matrices inside the banks too."""
+    for name, p in model.named_parameters():
+        if name.endswith("_bank"):
+            yield p.grad.unflatten(0, (-1, model.cfg.num_layers))[:, :blocks]
+        elif name.startswith("blocks.") and int(name.split(".")[1]) < blocks:
+            yield p.grad
 
 
 def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
     """One pass of SGD on ALL base weights over documents that are scored already; returns steps.
 
-    The sequences of a step are shared out over the ranks; its gradient is that of their mean."""
+    GLOBAL_TTT_OPTIMIZER=adamw: of AdamW (0.9, 0.999) without decay. The sequences of a step are
+    shared out over the ranks; its gradient is that of their mean."""
     tokens = np.concatenate([val.ids[doc.begin : doc.end] for doc in scored])
     params = list(model.parameters())
-    sgd = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    optimiser = (torch.optim.AdamW(params, weight_decay=0) if cfg.global_ttt_optimizer == "adamw"
+                 else torch.optim.SGD(params, lr=1.0, momentum=cfg.global_ttt_momentum))
     steps, length = 0, cfg.eval_seq_len
     for lr, begin, count in global_rows(tokens, cfg):
         mine = [begin + count * (rt.rank + k) // rt.world * length for k in (0, 1)]
@@ -3606,10 +3876,12 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
         if rt.world > 1:
             for p in params:
                 dist.all_reduce(p.grad)
+        for grad in frozen_gradients(model, cfg.ttt_freeze_blocks):
+            grad.zero_()
         if cfg.global_ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
-        sgd.param_groups[0]["lr"] = lr
-        sgd.step()
+        optimiser.param_groups[0]["lr"] = lr
+        optimiser.step()
         steps += 1
     for p in params:
         p.grad = None
@@ -3617,13 +3889,18 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
 
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
-                 init: Callable | None = None) -> Score:
+                 init: Callable | None = None, rules: Any = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between.
 
-    At a boundary all ranks have scored what the plan says and train on that."""
+    At a boundary all ranks have scored what the plan says and train on that. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
     documents = [Document(*d) for d in val.documents()]
+    if cfg.ttt_second_pass_frac:  # #1430, illegal; there a first pass scores, to no effect
+        for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
+            train_globally(model, documents[: math.ceil(part * len(documents))], val,
+                           replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
+        cfg = replace(cfg, phased_ttt_prefix_docs=0)
     batches = document_batches(documents, cfg.ttt_batch_size)
     boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
     rounds = deal(batches, boundaries, cfg, rt.world)
@@ -3643,7 +3920,7 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                 kept.save((r, k), adapter)
             batch = batches[number]
             if adapter is None or len(batch) != cfg.ttt_batch_size:
-                used = make(model, cfg, rt, len(batch), init)
+                used = make(model, cfg, rt, len(batch), init, rules)
                 adapter = used if len(batch) == cfg.ttt_batch_size else adapter
             else:
                 used = adapter
@@ -3664,12 +3941,17 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     return meter.result()
 
 
-def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
-    """Read the artifact back and score it: plainly, then with phased test-time training."""
+def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
+                   make_rules: Callable) -> None:
+    """Read the artifact back and score it: plainly, then with phased test-time training.
+
+    Rules are begun first: their tables are built while the artifact is read."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
     if not path.is_file():
         raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
+    val = load_val(cfg)
+    rules = make_rules(cfg, rt, model, val) if cfg.ttt_enabled else None
 
     def check(made: dict, pieces: dict) -> None:
         for name, value in cfg.architecture().items():
@@ -3685,17 +3967,339 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
-    val = load_val(cfg)
     timed_evaluation("diagnostic quantized", model, val, cfg, rt)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
-        score = score_phased(model, val, cfg, rt)
+        if rules:
+            rules.wait()
+        score = score_phased(model, val, cfg, rt, rules=rules)
         earlier = rt.keeper.earlier if rt.keeper else 0.0  # before the run was killed
         log_score(rt, "quantized_ttt_phased", score, earlier + rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
+        if cfg.illegal():
+            rt.log(f"illegal: {'; '.join(cfg.illegal())}")
         started -= earlier
     rt.record["evaluation_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
+
+
+# ==================================================================================================
+# §12 N-gram
+# ==================================================================================================
+# Tables over the validation stream. Entry t speaks about ids[t + 1] and is a function of ids[: t+1]
+# alone. Nothing is looked up one by one: positions are sorted by context, and what a dictionary
+# would have held at t is a running sum or maximum inside the context's run.
+
+
+def slice_hash(ids: np.ndarray, first: np.ndarray, odd: int) -> np.ndarray:
+    """uint64 [n]: hash of ids[first[t]] .. ids[t] for every t, a polynomial in `odd`."""
+    powers = np.full((2, len(ids)), 1, np.uint64)  # of odd, and of its inverse modulo 2^64
+    powers[:, 1:] = np.array([[odd], [pow(odd, -1, 2**64)]], np.uint64)
+    np.multiply.accumulate(powers, axis=1, out=powers)
+    sums = np.zeros(len(ids) + 1, np.uint64)
+    np.cumsum((ids + 1).astype(np.uint64) * powers[0], out=sums[1:])
+    return (sums[1:] - sums[first]) * powers[1][first] * np.uint64(0x9E3779B97F4A7C15)
+
+
+def contexts(ids: np.ndarray, first: np.ndarray, ends: np.ndarray,
+             odd: int = 0xD6E8FEB86659FD93) -> tuple[np.ndarray, np.ndarray]:
+    """Which slices ids[first[t]] .. ids[t], t in `ends` (ascending), occur there more than once.
+
+    -> (those ends, run number), by run, in a run by position. Equal slices share a run and no
+    others do: hashes only sort, and a collision (none is likely) starts over with another base."""
+    h, bits = slice_hash(ids, first, odd), np.uint64(len(ids).bit_length())
+    key = np.sort(h[ends] >> bits << bits | ends.astype(np.uint64))  # faster than an argsort
+    twice = np.zeros(len(key) + 1, bool)
+    twice[1:-1] = key[1:] >> bits == key[:-1] >> bits
+    ends = (key[twice[1:] | twice[:-1]] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    ends = ends[np.argsort(h[ends], kind="stable")]
+    alike, length = h[ends[1:]] == h[ends[:-1]], ends - first[ends] + 1
+    same, back = alike & (length[1:] == length[:-1]), 0
+    pairs = np.flatnonzero(same)
+    while pairs.size:  # neighbours, compared token by token
+        same[pairs] = ids[ends[pairs + 1] - back] == ids[ends[pairs] - back]
+        back += 1
+        pairs = pairs[same[pairs] & (length[pairs] > back)]
+    if (same != alike).any():
+        return contexts(ids, first, np.sort(ends), (5 * odd + 4) % 2**64)
+    return ends, np.cumsum(np.r_[0, ~same][: len(ends)])
+
+
+def run_starts(key: np.ndarray) -> np.ndarray:
+    """For each index that of the first of its run of equal keys."""
+    new = np.flatnonzero(np.r_[True, key[1:] != key[:-1]][: len(key)])
+    return np.repeat(new, np.diff(np.r_[new, len(key)]))
+
+
+def counts_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> np.ndarray:
+    """How often y followed in the same run before, entries with `learn` counting. run ascending."""
+    pair = run * (int(y.max(initial=0)) + 1) + y
+    order = np.argsort(pair, kind="stable")
+    seen, found = np.cumsum(learn[order]) - learn[order], np.empty(len(run), np.int64)
+    found[order] = seen - seen[run_starts(pair[order])]
+    return found
+
+
+def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What each entry finds in its context: (most frequent y so far, its count, total count).
+
+    Of equals the one that got there first. Entries without `learn` look, and leave nothing."""
+    n, first = len(run), run_starts(run)
+    at = np.arange(n)
+    count = np.where(learn, counts_before(run, y, learn) + 1, 0)
+    most = np.maximum.accumulate(run * (n + 1) + count) - run * (n + 1)
+    before = np.where(at > first, most[at - 1], 0)
+    rose = np.maximum.accumulate(np.where(most > before, at, 0))
+    total = np.cumsum(learn) - learn
+    return y[rose[at - 1]], before, total - total[first]
+
+
+def token_classes(pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """bool [V] which pieces start a word and which end one without (control, white space), and
+    bool [3, V]: any token, one that continues a word, one that starts it."""
+    start = np.array([piece.startswith("\u2581") for piece in pieces])
+    closed = np.array([bool(re.fullmatch(r"<(?!0x)\w+>|</s>|<0x(09|0A|0B|0C|0D|20)>", piece))
+                       for piece in pieces])
+    return start, closed, np.stack((start | ~start, ~start & ~closed, start & ~closed))
+
+
+def word_contexts(ids: np.ndarray, start: np.ndarray, closed: np.ndarray, cfg: Config,
+                  pieces: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ends, run) of the open word's tokens so far, then of its text and the WORD_ORDER - 2 words
+    before it, without case and punctuation. start, closed [V]: pieces that begin or end words."""
+    at, edge = np.arange(len(ids)), start | closed
+    first = np.maximum.accumulate(np.where(edge[ids], at, 0))
+    ends = np.flatnonzero(~closed[ids[first]] & edge[ids[first]])  # inside a word
+    again, run = contexts(ids, first, ends)
+    yield again, run
+    names, word = {}, np.full(len(ids), -1)
+    rest = np.setdiff1d(ends, again, assume_unique=True)
+    heads = np.r_[again[run_starts(run)], rest]
+    at_once, back = np.unique(heads, return_inverse=True)
+    texts = ("".join(pieces[i] for i in ids[first[t] : t + 1]) for t in at_once)
+    known = (text.replace("\u2581", " ").strip(" .,:;!?()[]{}<>\"'`").lower() for text in texts)
+    numbers = np.array([names.setdefault(text, len(names)) for text in known], np.int64)
+    word[np.r_[again, rest]] = numbers[back]
+    last = np.maximum.accumulate(np.where(word >= 0, at, -1))
+    key, t = word[ends], ends
+    for _ in range(cfg.word_order - 2):
+        t = np.where((t >= 0) & (first[t] > 0), last[first[t] - 1], -1)  # end of the word before
+        key = np.unique(key * (len(names) + 1) + np.where(t >= 0, word[t], len(names)),
+                        return_inverse=True)[1]
+    order = np.argsort(key, kind="stable")
+    yield ends[order], key[order]
+
+
+def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
+               log: Callable[[str], None]) -> tuple[np.ndarray, ...]:
+    """(hint [n-1], boost, kind): the token that the experts expect, or -1; idea: #1967.
+
+    Of the experts whose gate is open the one that promises most. A hint about a class moves
+    probability inside that class only. NGRAM_TARGET_GATE=1, as published: a hint about a class is
+    given where the token to be scored is of that class, and moves probability anywhere."""
+    ids, y = ids[:-1], ids[1:]
+    at, experts = np.arange(len(ids)), []
+    first = np.maximum(at - (cfg.token_order - 2), 0)
+    found = contexts(ids, first, at[cfg.token_order - 2 :])
+    # what each learns from and hints at: targets of its class, a row of `token_classes`
+    experts.append((*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0))
+    if pieces:
+        start, closed, classes = token_classes(pieces)
+        both = word_contexts(ids, start, closed, cfg, pieces)
+        for kind, least, boost in ((1, cfg.within_tau, cfg.within_boost),
+                                   (2, cfg.word_tau, cfg.word_boost)):
+            experts.append((*next(both), classes[kind][y], least, boost, kind))
+    hints, gains = np.full((len(experts), len(ids)), -1, np.int32), np.full(len(ids), -np.inf)
+    hint, boost = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.float32)
+    kind = np.zeros(len(ids), np.uint8)
+    for row, (ends, run, learn, least, beta, number) in zip(hints, experts, strict=True):
+        top, count, total = best_before(run, y[ends], learn[ends])
+        p = count / np.maximum(total, 1)
+        opened = (total > 0) & (p >= least) & (beta > 0)
+        if cfg.ngram_target_gate:
+            opened &= learn[ends]
+        t, top, p = ends[opened], top[opened], p[opened]
+        row[t] = top
+        gain = p * beta - np.log1p(p * math.expm1(beta))
+        better = gain > gains[t]
+        t = t[better]
+        gains[t], hint[t], boost[t] = gain[better], top[better], beta
+        kind[t] = 0 if cfg.ngram_target_gate else number
+    agree = ((hints == hint) & (hint >= 0)).sum(0) >= 2
+    boost[agree] += cfg.agree_add_boost
+    gates = [*(hints >= 0).sum(1).tolist(), 0, 0]
+    log(f"ngram_tilt:hints total={len(ids)} gated={int((hint >= 0).sum())} token_gate={gates[0]} "
+        f"within_gate={gates[1]} word_gate={gates[2]} agree2plus={int(agree.sum())}")
+    return hint, boost, kind
+
+
+def exact_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
+    """log p(ids[t + 1]) [n-1] by n-grams: exact counts of the prefix, each token entered once.
+
+    From the unigrams (c + 1/2) / (t + 1 + V/2) up to order NGRAM_ORDER, Witten-Bell: with c, C and
+    D the counts of the token, of all and of different ones after the context,
+    p <- (c + D p) / (C + D), which sums to one over the vocabulary if p does."""
+    y, at = ids[1:], np.arange(len(ids) - 1)
+    p, ends = unigrams(ids, cfg.vocab_size), at
+    for length in range(1, cfg.ngram_order):
+        ends = np.sort(ends[ends >= length - 1])
+        ends, run = contexts(ids[:-1], np.maximum(at - length + 1, 0), ends)
+        c, first = counts_before(run, y[ends], ends >= 0), run_starts(run)
+        total, new = np.arange(len(ends)) - first, np.cumsum(c == 0) - (c == 0)
+        kinds = new - new[first]
+        p[ends] = np.where(total > 0, (c + kinds * p[ends]) / np.maximum(total + kinds, 1), p[ends])
+    return np.log(p)
+
+
+def unigrams(ids: np.ndarray, vocab: int) -> np.ndarray:
+    """p(ids[t + 1]) [n-1] from the counts of ids[: t + 1], half a count added to each token."""
+    count = counts_before(np.zeros_like(ids), ids, ids >= 0)
+    return (count[1:] + 0.5) / (np.arange(1, len(ids)) + 0.5 * vocab)
+
+
+HASH_PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017, 282527, 357347, 451439)
+
+
+def hashed_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
+    """#1430's score of ids[t + 1], no distribution: buckets without keys, so that what shares one
+    counts for all, and only the realised token's is looked at. The longest context that has a
+    count decides. Here a token enters once, at once; there 32 times, after a batch of windows."""
+    p = unigrams(ids, cfg.vocab_size)
+    for order in range(2, min(cfg.ngram_order, len(ids)) + 1):
+        nothing = np.zeros_like(ids[order - 1 :])
+        parts = (ids[k : k + len(nothing)] * HASH_PRIMES[k % 10] for k in range(order))
+        *_, before, key = itertools.accumulate(parts, np.bitwise_xor)  # oldest first, target last
+        context, whole = (counts_before(nothing, x & (cfg.ngram_buckets - 1), nothing == 0)
+                          for x in (before, key))
+        share = np.minimum(context, whole) / np.maximum(context, 1)
+        p[order - 2 :] = np.where(context > 0, share, p[order - 2 :])
+    return np.log(np.maximum(p, 1e-12))
+
+
+def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: Tensor, kind: Tensor,
+         classes: Tensor) -> Tensor:
+    """-log p' of the targets, p'(a) = p(a) exp(boost [a = hint]) / Z inside the hint's class S, Z
+    such that p'(S) = p(S), and p' = p outside it. All [b, C], but logp [b, C, V], classes [k, V].
+
+    With q = p(hint) / p(S), Z = 1 + q (exp(boost) - 1): p' sums to one like p."""
+    given, inside = hint >= 0, classes[kind.long()]
+    hint = hint.clamp(min=0).long()
+    mass = logp.masked_fill(~inside, -math.inf).logsumexp(-1)
+    q = (logp.gather(2, hint[:, :, None])[:, :, 0] - mass).clamp(max=0).exp()
+    moved = torch.log1p(q * torch.expm1(boost)) - boost * (targets == hint)
+    return losses + moved * (given & inside.gather(2, targets[:, :, None])[:, :, 0])
+
+
+def mix(losses: Tensor, logp: Tensor, ngram: Tensor, t: Tensor, cfg: Config) -> Tensor:
+    """-log((1 - alpha) p + alpha exp(ngram)) with alpha from the entropy of p: from the prefix."""
+    entropy = -(logp.exp() * logp).sum(-1)
+    alpha = torch.sigmoid(2 * (entropy - cfg.ngram_alpha_center))
+    alpha = cfg.ngram_alpha_base + cfg.ngram_alpha_range * alpha
+    alpha = alpha * (t >= cfg.ngram_min_tokens)
+    return -torch.logaddexp(torch.log1p(-alpha) - losses, alpha.log() + ngram)
+
+
+# ==================================================================================================
+# §13 SLOT
+# ==================================================================================================
+def fit_slot(model: GPT, lora: Lora, h: Tensor, targets: Tensor,
+             mask: Tensor) -> tuple[Tensor, ...]:
+    """Per document one shift of the state [b, 1, d] and one of the logits [b, 1, V], fitted to
+    `targets` [b, F] where `mask`, by SLOT_STEPS of AdamW from zero. h [b, F, d]. idea: #1430.
+
+    SLOT_BATCH_SEQS is a factor of the gradient only, as there; AdamW's epsilon sees it."""
+    cfg = model.cfg
+    shifts = [torch.zeros(len(h), 1, n, device=h.device, requires_grad=True)
+              for n in (cfg.model_dim, cfg.vocab_size)]
+    adamw = torch.optim.AdamW(shifts, betas=(cfg.slot_beta1, cfg.slot_beta2_ps), eps=1e-5,
+                              weight_decay=1e-8, capturable=h.is_cuda)
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.slot_batch_seqs
+    for k in range(cfg.slot_steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * k / max(1, cfg.slot_steps - 1)))
+        adamw.param_groups[0]["lr"] = cfg.slot_lr_min + (cfg.slot_lr - cfg.slot_lr_min) * cosine
+        with torch.enable_grad():
+            logits = model.logits(h + shifts[0].to(h.dtype), lora) + shifts[1]
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            grads = torch.autograd.grad((losses.view_as(weight) * weight).sum(), shifts)
+        shifts[0].grad, shifts[1].grad = grads
+        adamw.step()
+    return tuple(shift.detach() for shift in shifts)
+
+
+class ScoreRules:
+    """What makes a chunk's score of the model's probabilities besides themselves: SLOT, then the
+    tilt or the mixer. Gradients never see it. Rank 0 builds the tables, beside whatever else runs
+    until `wait`, and the other ranks get them from it."""
+
+    def __init__(self, cfg: Config, rt: Runtime, model: GPT, val: ValSet):
+        self.cfg, self.rt, self.model, self.count = cfg, rt, model, len(val.ids) - 1
+        pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
+        classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
+        self.classes, self.kinds = torch.from_numpy(classes).to(rt.device), ()
+        if cfg.ngram_tilt_enabled:
+            self.kinds = torch.int32, torch.float32, torch.uint8
+            job = tilt_table, pieces, rt.log
+        elif cfg.ngram_mixer:
+            job = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer],)
+            self.kinds = (torch.float32,)
+        self.built = None
+        if self.kinds and rt.rank == 0:
+            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, *job)
+
+    def build(self, ids: np.ndarray, make: Callable, *more: Any) -> list[Tensor]:
+        """The tables, on the host, and how long they took."""
+        started, made = time.perf_counter(), make(ids, self.cfg, *more)
+        name = "mixer" if self.cfg.ngram_mixer else "tilt"
+        self.rt.log(f"ngram_{name}:precompute_done elapsed={time.perf_counter() - started:.1f}s "
+                    f"total_targets={self.count}")
+        tables = made if isinstance(made, tuple) else (made,)
+        return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
+
+    def wait(self) -> None:
+        """Until the tables are there; then every rank has them on its device."""
+        empty = (torch.empty(self.count, dtype=kind) for kind in self.kinds)
+        found = self.built.result() if self.built else empty
+        self.tables = [x.to(self.rt.device) for x in found]
+        for table in self.tables if self.rt.world > 1 else ():
+            dist.broadcast(table, 0)
+
+    def keep(self, h: Tensor) -> None:
+        """The final state of the forward that the next call is about."""
+        self.h = h
+
+    @torch.no_grad()
+    def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
+        """The losses [b, C] that enter the score, from the model's."""
+        cfg, h, at, shift = self.cfg, self.h, window.at, 0.0
+        if not cfg.ttt_stream:
+            h = pick(self.h, at)
+        if cfg.slot_enabled:
+            targets, mask = window.targets, window.mask
+            if cfg.slot_fit == "context":
+                at = at[:, :1] + torch.arange(-cfg.slot_context, 0, device=h.device)
+                mask, at = (at >= 0) & mask[:, :1], at.clamp(min=0)
+                targets = window.ids.gather(1, at + 1)
+            delta, shift = fit_slot(self.model, lora, pick(self.h, at), targets, mask)
+            h = h + delta.to(h.dtype)
+        logp = (self.model.logits(h, lora) + shift).log_softmax(-1)
+        if cfg.slot_enabled:
+            losses = -logp.gather(2, window.targets[:, :, None])[:, :, 0]
+        t = window.first[:, None] + torch.arange(losses.shape[1], device=h.device)
+        found = [table[t.clamp(max=self.count - 1)] for table in self.tables]
+        if cfg.ngram_tilt_enabled:
+            return tilt(losses, logp, window.targets, *found, self.classes)
+        return mix(losses, logp, *found, t, cfg) if cfg.ngram_mixer else losses
+
+
+def pick(h: Tensor, at: Tensor) -> Tensor:
+    """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
+    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+
+
+def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
+    """The rules that the settings ask for, if any."""
+    wanted = cfg.slot_enabled or cfg.ngram_tilt_enabled or cfg.ngram_mixer
+    return ScoreRules(cfg, rt, model, val) if wanted else None
 
 
 # ==================================================================================================
@@ -3724,6 +4328,20 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 def is_looped(f: float, cfg: Config) -> bool:
     return cfg.num_loops > 0 and f >= cfg.enable_looping_at
+
+
+def stage_length(f: float, cfg: Config) -> int:
+    """Longest attention segment at fraction f: TRAIN_SEQ_SCHEDULE's first stage not ended by f."""
+    stages = cfg.pairs("train_seq_schedule", "@")
+    return next((length for length, end in stages if f <= end), cfg.train_seq_len)
+
+
+def train_shapes(cfg: Config) -> list[tuple[int, bool]]:
+    """(longest segment, looped) of every stretch of training, in order."""
+    ends = [end for _, end in cfg.pairs("train_seq_schedule", "@")]
+    cuts = sorted({0.0, 1.0, *ends, cfg.enable_looping_at if cfg.num_loops else 0.0})
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(cuts)]
+    return list(dict.fromkeys((stage_length(f, cfg), is_looped(f, cfg)) for f in middles))
 
 
 def row_gradients(forward: Callable, row: Row, looped: bool,
@@ -3786,11 +4404,12 @@ class SyntheticRows:
     def __init__(self, cfg: Config, rt: Runtime):
         self.cfg, self.rt, self.rng = cfg, rt, np.random.default_rng(cfg.seed)
 
-    def step(self, _: int) -> list[Row]:
-        """One row [1/8 of a step's tokens] on the device."""
+    def step(self, _: int, longest: int = 0) -> list[Row]:
+        """One row [1/8 of a step's tokens] on the device, cut into at most `longest` tokens."""
         ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
         ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
-        return [make_row(ids[:-1], ids[1:], self.cfg.train_seq_len, self.rt.device)]
+        longest = longest or self.cfg.train_seq_len
+        return [make_row(ids[:-1], ids[1:], longest, self.rt.device)]
 
 
 def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
@@ -3822,9 +4441,10 @@ def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> Non
         return
     started, state = rt.seconds(), {k: v.clone() for k, v in model.state_dict().items()}
     rows = SyntheticRows(cfg, rt)
-    for looped in (False, True) if cfg.num_loops else (False,):
+    for longest, looped in train_shapes(cfg):
         for step in range(cfg.warmup_steps):
-            run_step(model, rows.step(step), looped, optimisers, 1.0, cfg.muon_momentum)
+            run_step(model, rows.step(step, longest) * rt.accumulation, looped, optimisers, 1.0,
+                     cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
@@ -3864,6 +4484,7 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
     cfg = reserve(model, cfg, rt)
+    rows.longest, changed_at = stage_length(0.0, cfg), -cfg.seq_change_warmup_steps
     ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
     first, spent = keeper.restore_training(model, optimisers, ema) if keeper else (0, 0.0)
     batches = prefetch(rows.step, first)
@@ -3871,14 +4492,15 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
     limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
     resumed, looped, result = rt.seconds(), False, None
-    for step, batch in enumerate(batches, first):
+    for step in itertools.count(first):
         seconds = rt.sync_clock(spent + time.perf_counter() - resumed)
         if keeper and keeper.due(seconds):
             if result is not None:
                 watch.check(result, step)
             keeper.save_training(model, optimisers, ema, step, seconds)
         f = progress(step, seconds, cfg)
-        last = step == cfg.iterations or bool(cfg.max_wallclock_seconds and seconds >= limit)
+        timed = cfg.max_wallclock_seconds and not cfg.force_stop_step
+        last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and seconds >= limit
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
             spent += rt.seconds() - resumed
             score = evaluate(model, val, cfg, rt)
@@ -3889,8 +4511,14 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
         if looped != is_looped(f, cfg):
             looped = not looped
             rt.log(f"layer_loop:{'on' if looped else 'off'} step:{step} frac:{f:.3f}")
+        if rows.longest != stage_length(f, cfg):  # what is prefetched is cut for the last stage
+            batches.close()
+            rows.longest, changed_at = stage_length(f, cfg), step
+            batches = prefetch(rows.step, step)
+            rt.log(f"growth_stage:seq_len:{rows.longest} progress:{f:.3f} step:{step}")
+        rise = min(1.0, (step + 1 - changed_at) / max(1, cfg.seq_change_warmup_steps))
         before = result
-        result = run_step(model, batch, looped, optimisers, lr_factor(f, cfg),
+        result = run_step(model, next(batches), looped, optimisers, rise * lr_factor(f, cfg),
                           muon_momentum(step, cfg))
         ema.update()
         bar.update()
@@ -4128,7 +4756,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
         if not cfg.ttt_eval_only and not (rt.keeper and rt.keeper.stage == "packed"):
             train_and_pack(cfg, rt, model, folder)
         if not cfg.prequant_only and not audit:
-            score_artifact(cfg, rt, model, folder)
+            score_artifact(cfg, rt, model, folder, make_rules)
     illegal = ""
     if cfg.legality_check and not cfg.prequant_only:
         illegal = extra("legality").audit(cfg, rt, folder)

@@ -17,21 +17,21 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,367: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,808: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 69), 1: ("Config", 307), 2: ("Runtime", 159), 3: ("Kernels", 709),
-    4: ("Attention", 137), 5: ("Model", 398), 6: ("Optimisers", 216), 7: ("Data", 240),
-    8: ("Quantisation", 510), 9: ("Artifact", 434), 10: ("Evaluation", 113),
-    11: ("Test-time training", 416), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 246),
-    15: ("Main", 240),
+    0: ("Header", 69), 1: ("Config", 419), 2: ("Runtime", 159), 3: ("Kernels", 719),
+    4: ("Attention", 137), 5: ("Model", 419), 6: ("Optimisers", 217), 7: ("Data", 238),
+    8: ("Quantisation", 571), 9: ("Artifact", 434), 10: ("Evaluation", 142),
+    11: ("Test-time training", 461), 12: ("N-gram", 216), 13: ("SLOT", 103), 14: ("Training", 268),
+    15: ("Main", 236),
 }
-MOST_LINES = 4367
+MOST_LINES = 4808
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
     "suggest", "head_dim", "kv_dim", "hidden_dim", "dtype", "barrier", "generator", "batch",
-    "update", "load_train", "row", "decode_gptq",
+    "word_experts", "update", "load_train", "row", "decode_gptq",
     "decode_group", "decode_lqer", "top", "round", "targets", "is_looped", "keep",
     "log_score", "timed_evaluation", "tl", "seconds", "write_log",
 }
@@ -63,7 +63,7 @@ def test_banners_are_known_in_order_and_alike():
     found = banners()
     numbers = [number for number, _, _ in found]
     assert numbers == sorted(set(numbers))
-    assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15} <= set(numbers)
+    assert set(range(1, 16)) <= set(numbers)
     for number, title, _ in found:
         assert SECTIONS[number][0] == title
     odd = [title for _, title, line in found if LINES[line - 2] != RULE or LINES[line] != RULE]

@@ -62,16 +62,18 @@ def attention(w, cfg, i, x, bounds, delta):
             g = h // (H // K)
             if i >= n - cfg.xsa_last_n:
                 axis = v[pos, g] / np.linalg.norm(v[pos, g])
-                y[pos, h] -= (y[pos, h] @ axis) * axis
+                gate = np.tanh(w[f"blocks.{i}.attn.xsa_alpha"][h]) if cfg.gated_xsa else 1.0
+                y[pos, h] -= gate * (y[pos, h] @ axis) * axis
             if cfg.sparse_attn_gate_enabled:
                 logit = w[f"blocks.{i}.attn.attn_gate_w"][h] @ x[pos, :cfg.gate_window]
                 y[pos, h] *= sigmoid(cfg.sparse_attn_gate_scale * logit)
     return y.reshape(T, H * D) @ w["qo_bank"][n + i].T + delta("o", x)
 
 
-def mlp(w, i, x, delta):
+def mlp(w, cfg, i, x, delta):
     z = x @ w["mlp_up_bank"][i].T
-    return np.where(z > 0, z, 0.5 * z) ** 2 @ w["mlp_down_bank"][i].T + delta("mlp", x)
+    act = np.where(z > 0, z, cfg.leaky_relu_slope * z) ** 2
+    return act @ w["mlp_down_bank"][i].T + delta("mlp", x)
 
 
 def layer_order(cfg, looped):
@@ -116,13 +118,13 @@ def reference(w, cfg, ids, bounds, looped, lora=lambda role, slot, x: 0.0):
         if lanes:
             u = mix[0] * lanes[0] + mix[1] * x0
             a = w[block + "attn_scale"] * attention(w, cfg, i, c * rms(u), bounds, delta)
-            m = w[block + "mlp_scale"] * mlp(w, i, c * rms(lanes[1]), delta)
+            m = w[block + "mlp_scale"] * mlp(w, cfg, i, c * rms(lanes[1]), delta)
             keep, post = w["parallel_resid_lambdas"][i], w["parallel_post_lambdas"][i]
             lanes = [keep[k] * lanes[k] + post[0, k] * a + post[1, k] * m for k in (0, 1)]
         else:
             u = mix[0] * x + mix[1] * x0
             u = u + w[block + "attn_scale"] * attention(w, cfg, i, c * rms(u), bounds, delta)
-            x = u + w[block + "mlp_scale"] * mlp(w, i, c * rms(u), delta)
+            x = u + w[block + "mlp_scale"] * mlp(w, cfg, i, c * rms(u), delta)
         if j < 0:
             stack.append(x)
     if lanes:
@@ -130,7 +132,10 @@ def reference(w, cfg, ids, bounds, looped, lora=lambda role, slot, x: 0.0):
             cfg.parallel_final_lane]
     h = rms(x)
     z = h @ w["tok_emb.weight"].T + lora("head", 0, h)
-    return cfg.logit_softcap * np.tanh(z / cfg.logit_softcap)
+    cap = cfg.logit_softcap
+    if cfg.asym_logit_rescale:
+        cap = np.where(z > 0, w["softcap_pos"], w["softcap_neg"])
+    return cap * np.tanh(z / cap)
 
 
 def arrays(model):
@@ -150,6 +155,8 @@ VARIATIONS = {
     "no smear": dict(smear_gate_enabled=False), "no gate": dict(sparse_attn_gate_enabled=False),
     "no skip gates": dict(skip_gates_enabled=False), "no scale": dict(ln_scale=False),
     "all channels rotate": dict(rope_dims=0), "no XSA": dict(xsa_last_n=0),
+    "gated XSA": dict(gated_xsa=True), "slope": dict(leaky_relu_slope=0.3),
+    "learnt caps": dict(asym_logit_rescale=True, logit_softcap=3.0),
     "XSA of one layer": dict(xsa_last_n=1), "other numbers": dict(
         sparse_attn_gate_scale=1.5, logit_softcap=7.0, rope_base=100.0, gate_window=5,
         num_kv_heads=4, mlp_mult=1.5, num_layers=6, loop_end=3, parallel_start_layer=4),
@@ -164,8 +171,7 @@ def test_forward_is_the_definition(changes, looped):
     model = busy_model(cfg, dtype=torch.float64)
     row = row_of(IDS)
     assert [0, *dict.fromkeys(row.segments.cu.tolist())][1:][:-1] == BOUNDS
-    z = model.head(model.hidden(row.ids, row.segments, looped))[0]
-    logits = (cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)).numpy()
+    logits = model.logits(model.hidden(row.ids, row.segments, looped))[0].numpy()
     want = reference(arrays(model), cfg, IDS[:-1], BOUNDS, looped)
     assert np.abs(want).max() > 0.5
     np.testing.assert_allclose(logits, want, rtol=0, atol=2e-6)
@@ -314,13 +320,25 @@ def test_at_scores_the_chosen_positions_only():
     torch.testing.assert_close(some, full.gather(1, at), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"gated_xsa": True, "asym_logit_rescale": True}], ids=str)
 @pytest.mark.parametrize("looped", [False, True])
-def test_gradients_reach_every_parameter(looped):
-    model = busy_model(tiny())
+def test_gradients_reach_every_parameter(looped, changes):
+    model = busy_model(tiny(**changes))
     losses_of(model, IDS, looped).mean().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
         assert p.grad.any(), name
+
+
+def test_gated_xsa_starts_off_and_caps_start_alike():
+    """A fresh model is the one without XSA; equal caps are the constant."""
+    plain, gated = (t.GPT(tiny(xsa_last_n=n, gated_xsa=on, asym_logit_rescale=on), t.attend_ref)
+                    for n, on in ((0, False), (4, True)))
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for model in (plain, gated):
+            model.qo_bank[5:].copy_(plain.qo_bank[:5])
+        torch.testing.assert_close(losses_of(gated, IDS), losses_of(plain, IDS))
 
 
 def test_a_fresh_model_has_finite_gradients():
@@ -394,6 +412,16 @@ def test_left_out_roles_have_no_adapter():
     assert lora("k", 0, torch.ones(2, 3, 32)) == 0
     shapes = {key: (tuple(lora.A[key].shape), tuple(lora.B[key].shape)) for key in ("v0", "head0")}
     assert shapes == {"v0": ((2, 4, 32), (2, 16, 4)), "head0": ((2, 4, 32), (2, 64, 4))}
+
+
+@pytest.mark.parametrize(("changes", "left"), [
+    ({}, "qkv"), ({"ttt_mask": "all"}, "qkv"), ({"ttt_mask": "no_q"}, "kv"),
+    ({"ttt_mask": "no_v"}, "qk"), ({"ttt_mask": "no_qv"}, "k"), ({"ttt_q_lora": False}, "kv"),
+    ({"ttt_v_lora": False, "ttt_mask": "no_q", "ttt_k_lora": False}, "")], ids=str)
+def test_masks_leave_adapters_out(changes, left):
+    lora = t.Lora(tiny(**changes), 2, torch.device("cpu"), cosine_start)
+    roles = {key.rstrip("0123456789") for key in lora.A}
+    assert roles == {*left, "o", "mlp", "head"}
 
 
 def test_start_of_a_and_reset():

@@ -25,17 +25,18 @@ def weighted(E, H) -> float:
     return torch.einsum("rc,cd,rd->", E, H, E).item()
 
 
-def brute_force(W, H, grid, s):
+def brute_force(W, H, grid, s, fine=(), finer=None, damp=0.01):
     """Optimal brain quantisation without Cholesky: round a column, spread its error optimally over
     the columns left, take it out of the inverse Hessian; in the same order, in float64."""
     W, H, s = W.double().numpy().copy(), H.double().numpy().copy(), s.double().numpy()
     dead = np.diag(H) == 0
     H[dead, dead] = 1
     W[:, dead] = 0
-    H += 0.01 * np.diag(H).mean() * np.eye(len(H))
-    top = 2 ** (grid.bits - 1) - 1
-    Q, inverse = np.zeros_like(W), np.linalg.inv(H)
+    H += damp * np.diag(H).mean() * np.eye(len(H))
+    Q, inverse, steps = np.zeros_like(W), np.linalg.inv(H), s
+    fine_steps = finer and finer.steps(torch.tensor(W).float()).double().numpy()
     for c in np.argsort(-np.diag(H), kind="stable"):
+        s, top = (fine_steps, finer.top) if c in fine else (steps, grid.top)
         Q[:, c] = np.clip(np.round(W[:, c] / s), -top, top)
         error = (W[:, c] - Q[:, c] * s) / inverse[c, c]
         W -= error[:, None] * inverse[c]
@@ -53,6 +54,17 @@ def test_gptq_is_brute_force(rows, cols, block):
     want = brute_force(W, H, grid, s)
     assert (q.numpy() != want).mean() < 1e-3 + 1 / W.numel()
     assert q.dtype == torch.int8 and s.dtype == torch.float16
+
+
+def test_protected_columns_and_damping_are_brute_force():
+    W, H = problem(7, 40, seed=3)
+    grid, finer, columns = t.Grid(4, 3.0), t.Grid(6, 3.0), [8, 9, 10, 11, 24, 25, 26, 27]
+    fine = t.spread(torch.tensor([8, 24], dtype=torch.int16), 4, 40)
+    assert torch.nonzero(fine)[:, 0].tolist() == columns
+    q, s = t.gptq(W, H, grid, damp=0.005, fine=fine, finer=finer)
+    want = brute_force(W, H, grid, s, columns, finer, 0.005)
+    assert (q.numpy() != want).mean() < 0.01
+    assert q[:, fine].abs().max() > 7 >= q[:, ~fine].abs().max()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -234,7 +246,8 @@ def quantised(cfg, seed=0):
 @pytest.mark.parametrize("changes", [
     {}, dict(lqer_enabled=False), dict(gated_attn_quant_gate=False), dict(lqer_top_k=100),
     dict(lqer_top_k=0), dict(lqer_asym_enabled=False), dict(smear_gate_enabled=False),
-    dict(matrix_bits=8, embed_bits=8)], ids=str)
+    dict(matrix_bits=8, embed_bits=8), dict(asym_logit_rescale=True, gated_xsa=True),
+    dict(awq_lite_enabled=True, awq_lite_group_size=8, awq_lite_group_top_k=3)], ids=str)
 def test_state_dict_round_trip(changes):
     cfg = tiny(matrix_clip_sigmas=4.0, attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
                embed_clip_sigmas=4.0, **changes)
@@ -268,6 +281,62 @@ def test_the_worst_errors_are_corrected():
         errors[m.name] = (first - second).norm().item()
     worst = sorted(errors, key=errors.get)[-3:]
     assert {name.rsplit(".", 1)[0] for name in tensors if ".lqer_" in name} == set(worst)
+
+
+def test_the_columns_that_matter_most_are_protected():
+    """The groups by a loop over all matrices' own inputs, in the units of one token."""
+    cfg = tiny(awq_lite_enabled=True, awq_lite_group_size=8, awq_lite_group_top_k=5,
+               train_batch_tokens=120, lqer_enabled=False)
+    model, inputs, hessians = busy_model(cfg), {}, t.Hessians()
+
+    def observe(name, x):
+        inputs.setdefault(name, []).append(x.flatten(0, -2))
+        hessians.observe(name, x)
+
+    row = row_of(documents([58, 60], seed=4))  # 120 ids: a batch
+    with torch.no_grad():
+        model.hidden(row.ids, row.segments, True, observe=observe)
+    scores = {}
+    for m in t.matrices(cfg):
+        W = model.state_dict()[m.bank] if m.index is None else model.state_dict()[m.bank][m.index]
+        x = torch.cat(inputs[m.source])
+        for start in range(0, W.shape[1] - 7, 8):
+            scores[m.name, start] = sum(
+                x[:, c].square().mean().sqrt().item() * W[:, c].abs().mean().item()
+                for c in range(start, start + 8))
+    best = sorted(scores, key=scores.get)[-5:]
+    tensors = t.quantise(model.state_dict(), hessians.sums, cfg)
+    got = [(name.removesuffix(".awq_start"), start) for name in tensors
+           if name.endswith(".awq_start") for start in tensors[name].tolist()]
+    assert sorted(got) == sorted(best)
+    plain = t.dequantise(t.quantise(model.state_dict(), hessians.sums,
+                                    tiny(lqer_enabled=False)), model)
+    state = t.dequantise(tensors, model)
+    for m in t.matrices(cfg):
+        for start in (start for name, start in best if name == m.name):
+            W, ours, others = (x[m.bank] if m.index is None else x[m.bank][m.index]
+                               for x in (model.state_dict(), state, plain))
+            part = slice(start, start + 8)
+            assert (W - ours)[:, part].norm() < 0.6 * (W - others)[:, part].norm(), m.name
+
+
+@pytest.mark.parametrize(("scope", "inside"), [
+    ("all", ""), ("mlp", ".mlp."), ("attn", ".attn."), ("embed", "tok_emb")])
+def test_corrections_by_measured_gain(scope, inside):
+    """Those that take most off the error, as stored, of the matrices in scope."""
+    cfg = tiny(lqer_top_k=2, lqer_gain_select=True, lqer_scope=scope)
+    model, plain = quantised(tiny(lqer_enabled=False))
+    _, every = quantised(tiny(lqer_top_k=100))
+    _, tensors = quantised(cfg)
+    before, after = (t.dequantise(x, model) for x in (plain, every))
+    gain = {}
+    for m in t.matrices(cfg):
+        W, a, b = (x[m.bank] if m.index is None else x[m.bank][m.index]
+                   for x in (model.state_dict(), before, after))
+        gain[m.name] = ((W - a).norm() - (W - b).norm()).item()
+    inside = [name for name in gain if inside in name and gain[name] > 0]
+    assert {name.rsplit(".", 1)[0] for name in tensors if ".lqer_" in name} == set(
+        sorted(inside, key=gain.get)[-2:])
 
 
 def test_every_matrix_decodes_to_its_own_place():

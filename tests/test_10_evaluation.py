@@ -117,3 +117,30 @@ def test_bos_costs_bits_but_no_bytes(rt):
     score = t.evaluate(lambda ids, targets, *_: torch.ones(targets.shape), val, tiny(), rt)
     assert (score.tokens, score.bytes) == (4, 7)
     assert math.isclose(score.bpb, 4 / math.log(2) / 7)
+
+
+@pytest.mark.parametrize("length", [32, 24, 31, 372])
+def test_the_tail_can_be_left_out(data, length):
+    """Targets in a multiple of the context, as the lineage had it; all of them by default."""
+    cfg = tiny(data_path=str(data), eval_seq_len=length, global_ttt_chunk_tokens=512)
+    whole = t.load_val(cfg)
+    cut = t.load_val(t.replace(cfg, eval_include_tail=False))
+    targets = (len(whole.ids) - 1) // length * length
+    assert len(cut.ids) == len(cut.bytes) == targets + 1
+    np.testing.assert_array_equal(cut.ids, whole.ids[: targets + 1])
+
+
+def test_bytes_of_a_set_without_sidecar(data, monkeypatch):
+    """From the pieces, as the challenge counts them; and only where CaseOps changed nothing."""
+    pieces = ["<0>", "<1>", "<0x41>", "\u2581the", "s", "\u2581", "\u00e9", "\u2581a"]
+    text = [1, 3, 4, 5, 2, 1, 3, 6, 0, 7]
+    # BOS, the (no blank after BOS), s, blank, A, BOS, the, e acute, unknown, a (no blank)
+    assert t.piece_bytes(np.array(text), pieces).tolist() == [0, 3, 1, 1, 1, 0, 3, 2, 0, 1]
+    assert t.piece_bytes(np.array([4, 3, 7]), pieces).tolist() == [1, 4, 2]
+    (data / "fineweb_val_bytes_000000.bin").unlink()
+    monkeypatch.setattr(t, "read_pieces", lambda cfg: ["<0>", "<1>", *("ab" for _ in range(62))])
+    cfg = tiny(data_path=str(data), tokenizer_path="some.model")
+    with pytest.raises(t.UserError, match="sidecar"):
+        t.load_val(cfg)
+    val = t.load_val(t.replace(cfg, caseops_enabled=False))
+    assert val.bytes.sum() == 2 * (val.ids > 1).sum()

@@ -273,6 +273,38 @@ def test_reset_between_batches():
     assert torch.equal(adapter.lora.A["q2"], fresh)
 
 
+def test_chunks_of_short_documents():
+    """The first limit that the longest document keeps, for the plan and for what it costs."""
+    cfg = tiny(ttt_short_score_first_enabled=True, ttt_short_score_first_steps="9:2,33:4")
+    for targets, want in ((1, 2), (9, 2), (10, 4), (33, 4), (34, 8)):
+        batch = [t.Document(0, 2), t.Document(5, 5 + targets + 1)]
+        assert t.for_batch(batch, cfg).ttt_chunk_size == want
+        fixed = tiny(ttt_chunk_size=want)
+        assert t.planned_cost(batch, cfg) == t.planned_cost(batch, fixed)
+    cfg = replace(cfg, ttt_short_score_first_steps="", ttt_short_doc_len=20, ttt_short_chunk_size=5)
+    assert [t.for_batch([t.Document(0, n + 1)], cfg).ttt_chunk_size for n in (20, 21)] == [5, 8]
+    assert t.for_batch([t.Document(0, 2)], tiny()).ttt_chunk_size == 8
+
+
+def test_short_chunks_score_what_their_chunk_size_scores():
+    """A batch under the limit is scored exactly as with that chunk size for all."""
+    val = val_set(LENGTHS)
+    short = tiny(ttt_short_score_first_enabled=True, ttt_short_score_first_steps="1000:5",
+                 phased_ttt_prefix_docs=0)
+    both = [score(busy_model(cfg), val, cfg)
+            for cfg in (short, tiny(ttt_chunk_size=5, phased_ttt_prefix_docs=0))]
+    assert both[0] == both[1]
+    with pytest.raises(t.UserError, match="TTT_STREAM"):
+        tiny(ttt_short_score_first_enabled=True, ttt_short_chunk_size=4, ttt_stream=True)
+
+
+def test_local_rate_multiplies():
+    val = val_set(LENGTHS)
+    runs = [score(busy_model(cfg), val, cfg) for cfg in (
+        tiny(ttt_lora_lr=0.02, ttt_local_lr_mult=0.25), tiny(ttt_lora_lr=0.005))]
+    assert runs[0] == runs[1]
+
+
 # ---- global phases
 
 def sgd(model, val, docs, cfg):
@@ -312,6 +344,42 @@ def test_a_phase_is_one_pass_of_sgd_over_all_weights():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
         assert not torch.equal(p, r), n
         assert p.grad is None
+
+
+def test_a_phase_with_adamw_and_frozen_blocks():
+    """torch's AdamW on the same gradients; the first blocks' matrices stay too."""
+    cfg = tiny(global_ttt_lr=0.01, global_ttt_grad_clip=0.0, global_ttt_batch_seqs=1,
+               global_ttt_optimizer="adamw", ttt_lr_floor_frac=0.3, ttt_freeze_blocks=2)
+    val = val_set(LENGTHS)
+    docs = documents_of(val)[2:]
+    ours, twin = busy_model(cfg), busy_model(cfg)
+    t.train_globally(ours, docs, val, cfg, runtime())
+    tokens = np.concatenate([val.ids[d.begin:d.end] for d in docs])
+    adamw = torch.optim.AdamW(twin.parameters(), weight_decay=0)
+    chunks = math.ceil((len(tokens) - 1) / 64)
+    for c in range(chunks - 1):
+        for begin in (c * 64, c * 64 + 32):
+            adamw.zero_grad()
+            losses_of(twin, tokens[begin:begin + 33], longest=32).mean().backward()
+            for name, p in twin.named_parameters():
+                if name.endswith("_bank"):
+                    for layer in (0, 1):
+                        p.grad[layer::5] = 0
+                elif name.startswith(("blocks.0", "blocks.1")):
+                    p.grad = torch.zeros_like(p)
+            cosine = (1 + math.cos(math.pi * c / (chunks - 1))) / 2
+            adamw.param_groups[0]["lr"] = 0.01 * max(0.3, cosine)
+            adamw.step()
+    for (n, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        assert ((p - q).abs() < 1e-4).double().mean() > 0.99, n  # rounding decides tiny gradients
+
+
+def test_a_phase_moves_the_caps():
+    cfg = tiny(asym_logit_rescale=True, global_ttt_lr=0.1, logit_softcap=3.0)
+    model, val = busy_model(cfg), val_set(LENGTHS)
+    before = model.cap().tolist()
+    t.train_globally(model, documents_of(val), val, cfg, runtime())
+    assert all(a != b for a, b in zip(before, model.cap().tolist(), strict=True))
 
 
 def test_phases_train_on_the_right_documents(monkeypatch):

@@ -51,6 +51,37 @@ def test_loop(f, changes, want):
     assert t.is_looped(f, t.Config(**changes)) is want
 
 
+SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
+
+
+@pytest.mark.parametrize(("f", "schedule", "want"), [
+    (0.0, SCHEDULE, 1024), (0.1, SCHEDULE, 1024), (0.1001, SCHEDULE, 2048), (0.7, SCHEDULE, 2048),
+    (0.71, SCHEDULE, 3072), (1.0, SCHEDULE, 3072), (0.0, "", 3072), (1.0, "", 3072)])
+def test_stage(f, schedule, want):
+    cfg = t.Config(train_seq_len=3072, train_seq_schedule=schedule).checked()
+    assert t.stage_length(f, cfg) == want
+
+
+@pytest.mark.parametrize(("schedule", "changes", "want"), [
+    (SCHEDULE, {}, [(1024, False), (2048, False), (2048, True), (3072, True)]),
+    ("", {}, [(3072, False), (3072, True)]), ("", dict(num_loops=0), [(3072, False)]),
+    ("1024@0.5,3072@1", dict(enable_looping_at=0.5), [(1024, False), (3072, True)]),
+    ("3072@0.5,1024@1", dict(enable_looping_at=0.0), [(3072, True), (1024, True)])])
+def test_every_shape_of_a_run_is_warmed_up(schedule, changes, want):
+    """The shapes by walking through the fractions."""
+    cfg = t.Config(train_seq_len=3072, train_seq_schedule=schedule, **changes).checked()
+    met = dict.fromkeys((t.stage_length(k / 997, cfg), t.is_looped(k / 997, cfg))
+                        for k in range(1, 997))
+    assert t.train_shapes(cfg) == list(met) == want
+
+
+@pytest.mark.parametrize("text", ["1024", "1024@x", "1024@0.5", "2048@1,1024@0.5", "4096@1",
+                                  "1@0.5,3072@1", "3072@0.5,3072@0.5,3072@1"])
+def test_bad_schedules_are_refused(text):
+    with pytest.raises(t.UserError, match="TRAIN_SEQ"):
+        t.Config.from_env({"TRAIN_SEQ_LEN": "3072", "TRAIN_SEQ_SCHEDULE": text})
+
+
 # ---- runs
 
 def losses(out):
@@ -129,6 +160,35 @@ def test_calibration_is_part_of_the_budget(program, quantiser):
 def test_a_budget_that_calibration_would_eat_is_refused(program):
     code, _, err = program(MAX_WALLCLOCK_SECONDS=0.001, ITERATIONS=3)
     assert code == 2 and "lower GPTQ_CALIBRATION_BATCHES" in err
+
+
+def test_a_schedule_cuts_rows_and_raises_the_rate_anew(program, monkeypatch):
+    seen, run_step = [], t.run_step
+
+    def spy(forward, rows, looped, optimisers, lr, momentum):
+        seen.append((rows[0].segments.max_len, int(rows[0].ids[0, 5]), lr))
+        return run_step(forward, rows, looped, optimisers, lr, momentum)
+
+    monkeypatch.setattr(t, "run_step", spy)
+    plain = {"PREQUANT_ONLY": 1, "ITERATIONS": 10, "WARMDOWN_FRAC": 0}
+    assert program(**plain)[0] == 0
+    before, seen[:] = list(seen), []
+    code, out, err = program(**plain, TRAIN_SEQ_SCHEDULE="8@0.25,16@0.6,32@1",
+                             SEQ_CHANGE_WARMUP_STEPS=4)
+    assert code == 0, err
+    # f = step / 10: stages end with the last step whose f is not past them
+    assert [longest for longest, _, _ in seen] == [8] * 3 + [16] * 4 + [32] * 3
+    assert [token for _, token, _ in seen] == [token for _, token, _ in before]  # the same text
+    assert [lr for _, _, lr in seen] == [1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75]
+    assert re.findall(r"^growth_stage:seq_len:(\d+) progress:(\S+) step:(\d+)", out,
+                      re.MULTILINE) == [("16", "0.300", "3"), ("32", "0.700", "7")]
+
+
+def test_a_forced_stop_disables_the_clock(program):
+    code, out, _ = program(PREQUANT_ONLY=1, FORCE_STOP_STEP=3, ITERATIONS=50,
+                           MAX_WALLCLOCK_SECONDS=0.001, GPTQ_RESERVE_SECONDS=0)
+    assert code == 0
+    assert "step: 3/50" in out
 
 
 def test_evaluations_in_between(program):

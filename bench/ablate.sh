@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# One technique at a time against the base: same data, same seeds, same device.
+#   bench/ablate.sh [PRESET]                      default: pr1855 where a GPU is, else cpu_demo
+#   ONLY="tilt awq_lite" SEEDS="42 0 1234" bench/ablate.sh cpu_demo
+#   ITERATIONS=60 bench/ablate.sh cpu_demo        any setting in the environment holds for all runs
+# Techniques of training are trained; those of quantisation start from the base's weights, those of
+# evaluation from its artifact, so that nothing else differs. Folders: OUT/TECHNIQUE/seedN (OUT is
+# runs/ablate-PRESET); a run whose score is there is not repeated. The table is ablate_table.py's.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+gpus=0
+if command -v nvidia-smi > /dev/null; then gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true); fi
+preset=${1:-$([ "$gpus" -gt 0 ] && echo pr1855 || echo cpu_demo)}
+out=${OUT:-runs/ablate-$preset}
+value() { sed -n "s/^$1=\([^ ]*\).*/\1/p" "presets/$preset.env" | tail -1; }
+length=${TRAIN_SEQ_LEN:-$(value TRAIN_SEQ_LEN)}; length=${length:-2048}
+context=${TTT_EVAL_SEQ_LEN:-$(value TTT_EVAL_SEQ_LEN)}; context=${context:-2048}
+
+techniques="
+slope03       train LEAKY_RELU_SLOPE=0.3
+gated_xsa     train GATED_XSA=1
+asym          train ASYM_LOGIT_RESCALE=1
+schedule      train TRAIN_SEQ_SCHEDULE=$((length / 4))@0.1,$((length / 2))@0.7,$length@1.0 SEQ_CHANGE_WARMUP_STEPS=${RISE:-32}
+qk525         train QK_GAIN_INIT=5.25
+matrix_lr28   train MATRIX_LR=0.028
+awq_lite      quant AWQ_LITE_ENABLED=1
+lqer_gain     quant LQER_GAIN_SELECT=1
+lqer_top1     quant LQER_TOP_K=1
+lqer_2_32_4   quant LQER_RANK=2 LQER_ASYM_GROUP=32 LQER_TOP_K=4
+damp005       quant GPTQ_DAMP_FACTOR=0.005
+no_qv         eval  TTT_MASK=no_qv
+local_lr75    eval  TTT_LOCAL_LR_MULT=0.75
+context125    eval  TTT_EVAL_SEQ_LEN=$((context * 5 / 4))
+context150    eval  TTT_EVAL_SEQ_LEN=$((context * 3 / 2))
+short_chunks  eval  TTT_SHORT_SCORE_FIRST_ENABLED=1 TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000:24
+one_phase     eval  PHASED_TTT_NUM_PHASES=1
+phase_adamw   eval  GLOBAL_TTT_OPTIMIZER=adamw GLOBAL_TTT_LR=0.0001
+tilt          eval  NGRAM_TILT_ENABLED=1
+mixer         eval  NGRAM_MIXER=exact
+slot          eval  SLOT_ENABLED=1
+"
+if [ -n "${TOKENIZER_PATH:-}" ]; then
+  techniques+="tilt_words    eval  NGRAM_TILT_ENABLED=1 WITHIN_BOOST=0.75 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5
+"
+fi
+
+processes=1
+for n in 2 4 8; do if [ "$gpus" -ge "$n" ]; then processes=$n; fi; done
+launch=(python)
+if [ "$processes" -gt 1 ]; then launch=(torchrun --standalone "--nproc_per_node=$processes"); fi
+
+# program FOLDER LOG SEED NAME=value ...
+program() {
+  local folder=$1 log=$2 seed=$3
+  shift 3
+  mkdir -p "$folder"
+  if [ "$log" = log ] && grep -qs '^total_eval_time:' "$folder/log.txt"; then return; fi
+  rm -f "$folder/$log.txt"
+  env "$@" PRESET="$preset" SEED="$seed" RUN_ID="$log" ARTIFACT_DIR="$folder" \
+    "${launch[@]}" train_gpt.py > /dev/null
+}
+
+for seed in ${SEEDS:-42 0 1234}; do
+  base=$out/base/seed$seed
+  if [ ! -f "$base/final_model.pt" ]; then program "$base" train "$seed" PREQUANT_ONLY=1; fi
+  program "$base" log "$seed" QUANTIZE_ONLY=1
+  echo "$techniques" | while read -r name kind settings; do
+    if [ -z "$name" ] || [[ -n "${ONLY:-}" && " $ONLY " != *" $name "* ]]; then continue; fi
+    folder=$out/$name/seed$seed
+    echo "== $name, seed $seed" >&2
+    mkdir -p "$folder"
+    case $kind in
+      train) if [ ! -f "$folder/final_model.pt" ]; then
+               # shellcheck disable=SC2086  # settings are words
+               program "$folder" train "$seed" $settings PREQUANT_ONLY=1
+             fi ;;
+      quant) ln -f "$base/final_model.pt" "$folder/" ;;
+      eval) ln -f "$base/final_model.int6.ptz" "$folder/" ;;
+    esac
+    mode=QUANTIZE_ONLY=1
+    if [ "$kind" = eval ]; then mode=TTT_EVAL_ONLY=1; fi
+    # shellcheck disable=SC2086
+    program "$folder" log "$seed" $settings $mode < /dev/null
+  done
+done
+python bench/ablate_table.py "$out"

@@ -1,0 +1,70 @@
+"""Every preset from end to end, at a tiny size, on text that Python brings along."""
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import submission
+import train_gpt as t
+from tests.tools import ROOT, TINY, VAL_LENGTHS
+
+VOCAB = 400
+# What does not fit the tiny size: lists of lengths, and groups of more columns than there are.
+TINY_LISTS = {"TRAIN_SEQ_SCHEDULE": "8@0.1,16@0.7,32@1.0", "AWQ_LITE_GROUP_SIZE": "8",
+              "TTT_SHORT_SCORE_FIRST_STEPS": "20:4,40:8", "SEQ_CHANGE_WARMUP_STEPS": "2"}
+PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.env"))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """(folder of shards, tokenizer) of docstrings of the standard library."""
+    out = tmp_path_factory.mktemp("presets")
+    tree = ast.parse(Path(argparse.__file__).read_text(encoding="utf-8"))
+    texts = [text for node in ast.walk(tree)
+             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+             and (text := ast.get_docstring(node))]
+    texts = [text[:300] for text in (texts * 4)[: 40 + len(VAL_LENGTHS)]]
+    (out / "docs.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--docs", out / "docs.jsonl",
+                    "--out", out, "--train-tokenizer", "--vocab-size", str(VOCAB), "--val-docs",
+                    str(len(VAL_LENGTHS))], check=True, capture_output=True, timeout=240)
+    (folder,), (model,) = out.glob("datasets/*"), out.glob("tokenizers/*.model")
+    return folder, model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_runs_from_end_to_end(preset, program, demo, tmp_path, monkeypatch):
+    folder, model = demo
+    monkeypatch.setattr(t, "pack_program", str.encode)  # seconds each, and the same every time
+    asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+    settings = {**TINY, "VOCAB_SIZE": VOCAB, "PRESET": preset, "DATA_PATH": folder,
+                **{name: value for name, value in TINY_LISTS.items() if name in asked}}
+    if asked.get("CASEOPS_ENABLED") == "0" and "TOKENIZER_PATH" in asked:
+        settings["DATA_PATH"] = tmp_path / "plain"  # as downloaded: no sidecar, no manifest
+        shutil.copytree(folder, tmp_path / "plain",
+                        ignore=shutil.ignore_patterns("*bytes*", "manifest*"))
+    if "TOKENIZER_PATH" in asked or float(asked.get("WITHIN_BOOST", 0)):
+        settings["TOKENIZER_PATH"] = model
+    code, out, err = program(**settings)
+    assert code == 0, err
+    found = re.search(r"^quantized_ttt_phased val_loss:(\S+) val_bpb:(\S+)", out, re.MULTILINE)
+    assert 0 < float(found[2]) < 20
+    said = re.findall(r"^illegal: (.+)$", out, re.MULTILINE)
+    assert len(said) == (1 if preset.endswith("_as_run") else 0)
+    (run,) = submission.build([program.out / "log.txt"])["seeds"]
+    assert run["illegal"] == (said[0] if said else None)
+    tilted = re.search(r"^ngram_tilt:hints total=\d+ gated=(\d+)", out, re.MULTILINE)
+    assert bool(tilted) == (asked.get("NGRAM_TILT_ENABLED") == "1")
+    assert not tilted or int(tilted[1]) > 0
+
+
+def test_readme_lists_every_preset():
+    readme = (ROOT / "README.md").read_text()
+    assert not [preset for preset in PRESETS if f"| `{preset}` |" not in readme]
