@@ -3787,7 +3787,8 @@ def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> Non
     rows = SyntheticRows(cfg, rt)
     for looped in (False, True) if cfg.num_loops else (False,):
         for step in range(cfg.warmup_steps):
-            run_step(model, rows.step(step), looped, optimisers, 1.0, cfg.muon_momentum)
+            run_step(model, rows.step(step) * rt.accumulation, looped, optimisers, 1.0,
+                     cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")

@@ -17,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,229: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,230: the
 # record's program has 3,753.
 SECTIONS = {
     0: ("Header", 67), 1: ("Config", 301), 2: ("Runtime", 152), 3: ("Kernels", 709),
     4: ("Attention", 137), 5: ("Model", 398), 6: ("Optimisers", 216), 7: ("Data", 240),
     8: ("Quantisation", 510), 9: ("Artifact", 434), 10: ("Evaluation", 106),
-    11: ("Test-time training", 395), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 237),
+    11: ("Test-time training", 395), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 238),
     15: ("Main", 159),
 }
-MOST_LINES = 4229
+MOST_LINES = 4230
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
