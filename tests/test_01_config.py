@@ -63,7 +63,7 @@ def test_common_first_words_do_not_trip_it(name):
     ({"MATRIX_BITS": "1"}, "must be at least 2"),
     ({"TTT_BETA2": "1"}, "TTT_BETA2=1: must be at most"),
     ({"MIN_LR": "-0.1"}, "must be at least 0"),
-    ({"COMPRESSOR": "zip"}, "must be one of pergroup, brotli, lzma"),
+    ({"COMPRESSOR": "zip"}, "must be one of ans, pergroup, brotli, lzma"),
     ({"ATTENTION": "fa5"}, "must be one of auto"),
     ({"PARALLEL_FINAL_LANE": "both"}, "must be one of mean, attn, mlp"),
     ({"TIE_EMBEDDINGS": "0"}, "only 1 is possible"),

@@ -320,7 +320,7 @@ def test_phases_train_on_the_right_documents(monkeypatch):
     batches = t.document_batches(documents_of(val), 4)
     seen = []
     monkeypatch.setattr(t, "train_globally",
-                        lambda forward, model, docs, *rest: seen.append(docs) or 0)
+                        lambda model, docs, *rest: seen.append(docs) or 0)
     score(busy_model(cfg), val, cfg)
     # after the longest batch 3 of 4; after two batches the first 6, shorter batch first
     assert seen == [batches[2][:3], (batches[1] + batches[2])[:6]]

@@ -41,7 +41,7 @@ def test_momentum(step, want):
     (5, 50.0, dict(gptq_reserve_seconds=500.0), 0.5),
 ])
 def test_fraction(step, seconds, changes, want):
-    assert t.progress(step, seconds, t.Config(**changes)) == want
+    assert t.progress(step, seconds, t.Config(**{"gptq_reserve_seconds": 0.5, **changes})) == want
 
 
 @pytest.mark.parametrize(("f", "changes", "want"), [
@@ -114,6 +114,21 @@ def test_the_wallclock_ends_training(program):
     assert 1000 <= int(spent) < 2000 and int(step) > 1
     assert re.search(rf"^{step}/100000 val_loss: ", out, re.MULTILINE)
     assert "layer_loop:on" in out
+
+
+@pytest.mark.parametrize("quantiser", ["uniform", "tcq"])
+def test_calibration_is_part_of_the_budget(program, quantiser):
+    code, out, _ = program(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=3, TTT_ENABLED=0,
+                           GPTQ_RESERVE_SECONDS=-1, QUANTISER=quantiser, TRAIN_LOG_EVERY=1000)
+    assert code == 0
+    kept = float(re.search(r"calibration: (\S+)s of training reserved", out)[1])
+    spent = int(re.search(r"training stopped: train_time: (\d+)ms", out)[1]) / 1000
+    assert 0 < kept < 1.5 and 3 - kept <= spent < 3.5 - kept
+
+
+def test_a_budget_that_calibration_would_eat_is_refused(program):
+    code, _, err = program(MAX_WALLCLOCK_SECONDS=0.001, ITERATIONS=3)
+    assert code == 2 and "lower GPTQ_CALIBRATION_BATCHES" in err
 
 
 def test_evaluations_in_between(program):
@@ -261,3 +276,16 @@ def test_micro_batches_add_up_to_the_mean():
     assert math.isclose(loss, want.item(), rel_tol=1e-6) and norm == 3.0
     for g, p in zip(seen, model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_side_by_side_are_the_same_rows():
+    from tests.tools import documents, row_of
+
+    rows = [row_of(documents([40, 22], seed=s)) for s in range(4)]
+    model, tokens = busy_model(tiny()), rows[0].ids.shape[1]
+    for most, count in ((0, 4), (3 * tokens, 2), (4 * tokens, 1), (99 * tokens, 1)):
+        together = t.batched(rows, most)
+        assert len(together) == count
+        losses = torch.cat([model(r.ids, r.targets, r.segments, True) for r in together])
+        alone = torch.cat([model(r.ids, r.targets, r.segments, True) for r in rows])
+        torch.testing.assert_close(losses, alone)

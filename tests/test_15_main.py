@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt as t
-from tests.tools import TINY, launch, write_data, write_shard
+from tests.tools import ROOT, TINY, busy_model, launch, runtime, write_data, write_shard
 
 
 def one_line(result) -> str:
@@ -69,7 +70,7 @@ def test_missing_lrzip_stops_before_training(program, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "lrzip" else which(name))
     result = program(COMPRESSOR="pergroup")
     err = one_line(result)
-    assert "apt-get install lrzip" in err and "COMPRESSOR=brotli" in err
+    assert "apt-get install lrzip" in err and "COMPRESSOR=ans" in err
     assert "train_loss" not in result[1]
     assert program(COMPRESSOR="pergroup", PREQUANT_ONLY=1, ITERATIONS=1)[0] == 0
 
@@ -114,6 +115,30 @@ def test_baked_settings_are_those_that_differ():
     assert names["a"] == 1 and names["b"] == 2
     again = t.Config.from_env(names["BAKED"])
     assert {**vars(again), "run_id": "x", "artifact_dir": "out"} == vars(cfg)
+
+
+@pytest.mark.parametrize("budget", [300_000, 560_000])
+def test_weights_and_program_fill_the_budget(tmp_path, budget):
+    """The CPU demo's shapes, random weights."""
+    cfg = t.Config.from_env({"PRESET": "cpu_demo", "ARTIFACT_BUDGET_BYTES": str(budget)}, ROOT)
+    model, rt, lines = busy_model(cfg), runtime(), []
+    rt.log = lines.append
+    rows = t.SyntheticRows(cfg, rt)
+    hessians = t.calibrate(model, rows, 0, rt, batches=2)
+    noise = t.sensitivities(model, rows, 0, hessians, rt)
+    t.pack(cfg, rt, model, hessians, noise, tmp_path)
+    total = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert budget - 2048 <= total <= budget, lines
+    assert f"Total submission size quantized+ans: {total} bytes" in lines
+    arrays, _ = t.decode_artifact((tmp_path / t.ARTIFACT_FILE).read_bytes(), "x",
+                                  lambda meta, pieces: t.check_pieces(pieces, model))
+    assert t.dequantise({n: torch.from_numpy(x) for n, x in arrays.items()}, model)
+
+
+def test_a_budget_beyond_the_finest_grid_is_logged(program):
+    code, out, _ = program(ITERATIONS=1, TTT_ENABLED=0, QUANTISER="tcq", COMPRESSOR="ans")
+    assert code == 0
+    assert re.search(r"^trellis: \d+ bytes stay free", out, re.MULTILINE)
 
 
 def test_help_lists_every_setting(monkeypatch, capsys):

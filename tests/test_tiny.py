@@ -40,13 +40,14 @@ def scores(lines: dict[str, tuple]) -> dict[str, tuple]:
     return {name: lines[name][:2] for name in ("quantised", "score")}
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "pergroup"])
+@pytest.mark.parametrize("compressor", ["ans", "brotli", "pergroup"])
 def test_train_pack_and_score_again(tmp_path, compressor):
     if compressor == "pergroup" and not shutil.which("lrzip"):
         pytest.skip("lrzip is not installed: apt-get install lrzip")
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
-    settings = {**TINY, "COMPRESSOR": compressor, "DATA_PATH": data, "ARTIFACT_DIR": out,
-                "RUN_ID": "first"}
+    quantiser = "tcq" if compressor == "ans" else "uniform"
+    settings = {**TINY, "COMPRESSOR": compressor, "QUANTISER": quantiser, "DATA_PATH": data,
+                "ARTIFACT_DIR": out, "RUN_ID": "first"}
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
 
@@ -54,7 +55,7 @@ def test_train_pack_and_score_again(tmp_path, compressor):
     assert log == run.stdout
     lines = found(log)
     assert lines.keys() == LINES.keys()
-    cfg = t.Config.from_env(TINY | {"COMPRESSOR": compressor})
+    cfg = t.Config.from_env(TINY | {"COMPRESSOR": compressor, "QUANTISER": quantiser})
     for name in map(str.lower, TINY):  # settings: two blanks, name, colon, value
         assert re.findall(rf"^  {name}: (\S+)", log, re.MULTILINE) == [str(getattr(cfg, name))]
 
