@@ -218,7 +218,7 @@ class Config:
     ttt_short_chunk_size: int = setting(48, "and its chunk", 1)
     ttt_batch_size: int = setting(64, "documents in a batch", 1)
     ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
-    ttt_stream: bool = setting(False, "run a chunk once, on kept keys and values of earlier ones")
+    ttt_stream: bool = setting(True, "run a chunk once, on kept keys and values of earlier ones")
     phased_ttt_prefix_docs: int = setting(2500, "documents of the global phases; 0: no phase", 0)
     phased_ttt_num_phases: int = setting(3, "global phases", 1)
     global_ttt_lr: float = setting(1e-3, "SGD's learning rate in a global phase", 0)

@@ -43,6 +43,7 @@ def load_golden(path: Path | str) -> tuple[t.Config, t.GPT]:
     """The configuration and the float32 model of a reference file."""
     with np.load(path) as file:
         settings = {k: str(v) for k, v in json.loads(str(file["config"])).items()}
+        settings.setdefault("TTT_STREAM", "0")  # the record runs whole windows
         cfg = t.Config.from_env(settings)
         attention = t.choose_attention(torch.device("cpu"), torch.float32)
         model = t.GPT(cfg, attention.function)

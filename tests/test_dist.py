@@ -36,8 +36,8 @@ def hessians(*args):
     return seen["hessians"]
 
 def score(name, function):
-    def call(*args):
-        seen[name] = function(*args)
+    def call(*args, **named):
+        seen[name] = function(*args, **named)
         return seen[name]
     return call
 

@@ -30,8 +30,11 @@ TINY = {
     "TTT_LORA_RANK": "4", "TTT_LORA_ALPHA": "8", "TTT_LORA_LR": "0.01",
     "TTT_CHUNK_SIZE": "8", "TTT_BATCH_SIZE": "4", "TTT_EVAL_SEQ_LEN": "24",
     "PHASED_TTT_PREFIX_DOCS": "6", "PHASED_TTT_NUM_PHASES": "2", "GLOBAL_TTT_CHUNK_TOKENS": "64",
-    "GLOBAL_TTT_BATCH_SEQS": "2",
+    "GLOBAL_TTT_BATCH_SEQS": "2", "TTT_STREAM": "0",
 }
+# What else of a preset does not fit that size: lists of lengths, groups of too many columns.
+TINY_LISTS = {"TRAIN_SEQ_SCHEDULE": "8@0.1,16@0.7,32@1.0", "AWQ_LITE_GROUP_SIZE": "8",
+              "TTT_SHORT_SCORE_FIRST_STEPS": "20:4,40:8", "SEQ_CHANGE_WARMUP_STEPS": "2"}
 # Tokens after BOS: with TINY three full batches of documents, a short one, and two global phases.
 VAL_LENGTHS = [3, 30, 1, 17, 40, 8, 9, 55, 16, 24, 33, 45, 50, 28]
 
