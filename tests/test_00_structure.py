@@ -168,9 +168,10 @@ def test_presets_are_known(path):
 
 
 def test_pr1855_is_the_default():
-    """But for how weights are packed, and for the reserve, which is measured."""
+    """But for how weights are packed, the reserve, which is measured, and streamed scoring."""
     assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(
-        t.Config(), compressor="pergroup", quantiser="uniform", gptq_reserve_seconds=0.5)
+        t.Config(), compressor="pergroup", quantiser="uniform", gptq_reserve_seconds=0.5,
+        ttt_stream=False)
 
 
 IMPORT = """
