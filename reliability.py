@@ -107,26 +107,28 @@ class Keeper:
 
     # ---- training
 
-    def save_training(self, model: t.GPT, optimisers: t.Optimisers, ema: t.Ema, step: int,
-                      seconds: float) -> None:
-        """The state after `step` steps and `seconds` of training (a call of all ranks)."""
+    def save_training(self, model: t.GPT, optimisers: t.Optimisers, ema: t.Ema,
+                      clock: dict[str, Any]) -> None:
+        """The state after clock["step"] steps and clock["seconds"] of training, with what else the
+        loop must know (a call of all ranks)."""
         momenta = [whole_bank(m, p, self.rt) for m, p in
                    zip(optimisers.momenta, optimisers.banks, strict=True)]
-        self.last = seconds
+        self.last = clock["seconds"]
         if self.rt.rank == 0:
             self.write(self.path, {
-                "stage": "training", "step": step, "seconds": seconds, "momenta": momenta,
+                "stage": "training", "step": clock["step"], "clock": clock, "momenta": momenta,
                 "model": cpu(model.state_dict()), "ema": cpu(ema.average),
                 "adamw": cpu(optimisers.adamw.state_dict()), "rng": torch.get_rng_state()})
-            self.rt.log(f"checkpoint: step:{step} train_time:{1000 * seconds:.0f}ms")
-        self.stop_if_told(f"after step {step}")
+            self.rt.log(f"checkpoint: step:{clock['step']} "
+                        f"train_time:{1000 * clock['seconds']:.0f}ms")
+        self.stop_if_told(f"after step {clock['step']}")
 
     def restore_training(self, model: t.GPT, optimisers: t.Optimisers,
-                         ema: t.Ema) -> tuple[int, float]:
-        """(steps done, seconds of training spent); everything in place. (0, 0) without one."""
+                         ema: t.Ema) -> dict[str, Any]:
+        """The clock that was saved, all else put in place; {} without a checkpoint."""
         self.listen()
         if self.stage != "training":
-            return 0, 0.0
+            return {}
         state = self.state
         model.load_state_dict(state["model"])
         rank, world = self.rt.rank, self.rt.world
@@ -137,9 +139,10 @@ class Keeper:
                 mine.copy_(pad[rank * len(mine):(rank + 1) * len(mine)])
         optimisers.adamw.load_state_dict(state["adamw"])
         torch.set_rng_state(state["rng"])
-        self.last = state["seconds"]
-        self.rt.log(f"resumed: step:{state['step']} train_time:{1000 * state['seconds']:.0f}ms")
-        return state["step"], state["seconds"]
+        clock = state["clock"]
+        self.last = clock["seconds"]
+        self.rt.log(f"resumed: step:{clock['step']} train_time:{1000 * clock['seconds']:.0f}ms")
+        return clock
 
     def mark(self, stage: str, model: t.GPT | None, step: int) -> None:
         """A stage is complete: `trained` with the averaged weights, `packed` without any."""

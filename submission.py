@@ -58,7 +58,7 @@ PAIRS = (("prequant_val_loss", "prequant_val_bpb"), ("quantized_val_loss", "quan
          ("val_loss", "val_bpb"))
 # settings in which the logs of one submission may differ
 FREE = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "LOGFILE",
-        "CHECKPOINT_EVERY_SECONDS"}
+        "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
 LIMIT_SECONDS, LIMIT_BYTES = 600.0, 16_000_000
 FULL_BYTES = 151_074_309  # original bytes of the challenge's validation set
 RULE_NATS, RULE_P = 0.005, 0.01
@@ -207,13 +207,15 @@ def check_settings(run: dict[str, Any], text: str) -> list[str]:
     """Settings that rule a record out, and settings that the log does not own up to."""
     found = []
     gates = re.search(r"within_gate=(\d+) word_gate=(\d+)", text)
-    if gates and (int(gates[1]) or int(gates[2])):
+    if "ngram_target_gate: False" not in text and gates and (int(gates[1]) or int(gates[2])):
         found.append(f"illegal gates: within_gate={gates[1]} word_gate={gates[2]} look at the "
                      "target's class")
     if forced := re.search(r"^ *force_stop_step: ([1-9]\d*)", text, re.MULTILINE | re.IGNORECASE):
         found.append(f"FORCE_STOP_STEP={forced[1]}: the clock did not end training")
     if re.search(r"^ *smear_gate_bos_fix: (0|False)", text, re.MULTILINE | re.IGNORECASE):
         found.append("SMEAR_GATE_BOS_FIX=0: SmearGate reads across documents")
+    if run.get("illegal"):
+        found.append(f"illegal: {run['illegal']}")
     if run.get("resumed"):
         found.append(f"resumed {run['resumed']} time(s): what was computed after a checkpoint and "
                      "lost is in no clock; for a record run without interruption")

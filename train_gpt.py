@@ -87,7 +87,8 @@ ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
 class Config:
     """Every setting, once; its environment variable is the name in capitals.
 
-    Defaults are those of #1855's headline run."""
+    Defaults are those of #1855's headline run, but for quantiser, coder, a measured reserve and
+    streamed test-time training."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -328,6 +329,11 @@ class Config:
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0,
              "NGRAM_BUCKETS must be a power of 2"),
             (not (self.slot_enabled and self.ttt_stream), "SLOT_ENABLED=1 needs TTT_STREAM=0"),
+            (self.quantiser == "uniform" or not self.awq_lite_enabled,
+             "AWQ_LITE_ENABLED=1 needs QUANTISER=uniform"),
+            (self.ttt_enabled or not (self.slot_enabled or self.ngram_tilt_enabled
+                                      or self.ngram_mixer or self.ttt_second_pass_frac),
+             "n-gram rules, SLOT and a second pass need TTT_ENABLED=1"),
             (self.allow_illegal or not self.illegal(),
              f"{'; '.join(self.illegal())}: the challenge refuses such a score. ALLOW_ILLEGAL=1 "
              "runs it, and says so beside the score"),
@@ -415,7 +421,7 @@ GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "E
            "TOKEN"}
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
-PREFIXES |= {"MTP", "SWA"}
+PREFIXES |= {"MTP", "SWA", "QUANTIZER"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 
 
@@ -2821,7 +2827,8 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                 encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
     """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    found, factors = matrices(cfg), {name: factorise(H) for name, H in hessians.items()}
+    found = matrices(cfg)
+    factors = {name: factorise(H, cfg.gptq_damp_factor) for name, H in hessians.items()}
     units = [trellis_unit(factors[m.source], noise[m.name]) for m in found]
     weights = [matrix_of(state, m) for m in found]
     counts = [W.numel() for W in weights]
@@ -2909,7 +2916,7 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
         take(f"{name}.s", "float16", shape[0])
         if f"{name}.c" in left:
             take(f"{name}.c", "int8", shape[1])
-        if f"{name}.awq_start" in left:
+        if f"{name}.awq_start" in left and f"{name}.c" not in pieces:
             count = math.prod(left[f"{name}.awq_start"][1])
             take(f"{name}.awq_start", "int16", max(1, min(count, shape[1])))
             take(f"{name}.awq_size", "int16", 1)
@@ -3909,7 +3916,8 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
     begin = kept.at if kept else (0, 0)  # (round, batch of this rank) at which a killed run goes on
     if kept:
-        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init) if kept.warm else None
+        if kept.warm:
+            adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
         kept.restore(adapter)
     del boundaries[: begin[0]]
     for r, hands in list(enumerate(rounds))[begin[0]:]:
@@ -3945,13 +3953,11 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
     """Read the artifact back and score it: plainly, then with phased test-time training.
 
-    Rules are begun first: their tables are built while the artifact is read."""
+    The rules' tables are built while the artifact is scored plainly."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
     if not path.is_file():
         raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
-    val = load_val(cfg)
-    rules = make_rules(cfg, rt, model, val) if cfg.ttt_enabled else None
 
     def check(made: dict, pieces: dict) -> None:
         for name, value in cfg.architecture().items():
@@ -3964,6 +3970,8 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
     arrays, _ = decode_artifact(blob, str(path), check)
     if rt.keeper:
         rt.keeper.identity["artifact"] = _digest(blob)
+    val = load_val(cfg)  # only now: see legality.py
+    rules = make_rules(cfg, rt, model, val) if cfg.ttt_enabled else None
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
@@ -4483,10 +4491,12 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     The loss of a step is looked at while the next one runs, so the check costs no pause."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
-    cfg = reserve(model, cfg, rt)
-    rows.longest, changed_at = stage_length(0.0, cfg), -cfg.seq_change_warmup_steps
     ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
-    first, spent = keeper.restore_training(model, optimisers, ema) if keeper else (0, 0.0)
+    kept = keeper.restore_training(model, optimisers, ema) if keeper else {}
+    first, spent = kept.get("step", 0), kept.get("seconds", 0.0)
+    changed_at = kept.get("changed_at", -cfg.seq_change_warmup_steps)
+    rows.longest = kept.get("longest", stage_length(0.0, cfg))
+    cfg = replace(cfg, gptq_reserve_seconds=kept.get("reserve", cfg.gptq_reserve_seconds))
     batches = prefetch(rows.step, first)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
@@ -4497,7 +4507,9 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
         if keeper and keeper.due(seconds):
             if result is not None:
                 watch.check(result, step)
-            keeper.save_training(model, optimisers, ema, step, seconds)
+            keeper.save_training(model, optimisers, ema, {
+                "step": step, "seconds": seconds, "changed_at": changed_at,
+                "longest": rows.longest, "reserve": cfg.gptq_reserve_seconds})
         f = progress(step, seconds, cfg)
         timed = cfg.max_wallclock_seconds and not cfg.force_stop_step
         last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and seconds >= limit
@@ -4628,8 +4640,9 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     elif rt.keeper and rt.keeper.stage == "trained":
         step = rt.keeper.restore_trained(model)
     else:
+        timed = reserve(model, cfg, rt)
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
-            step, free = train(model, rows, val, cfg, rt)
+            step, free = train(model, rows, val, timed, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
     timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)

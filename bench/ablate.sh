@@ -13,6 +13,8 @@ gpus=0
 if command -v nvidia-smi > /dev/null; then gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true); fi
 preset=${1:-$([ "$gpus" -gt 0 ] && echo pr1855 || echo cpu_demo)}
 out=${OUT:-runs/ablate-$preset}
+# what the techniques below are settings of
+export QUANTISER=${QUANTISER:-uniform} TTT_STREAM=${TTT_STREAM:-0}
 value() { sed -n "s/^$1=\([^ ]*\).*/\1/p" "presets/$preset.env" | tail -1; }
 length=${TRAIN_SEQ_LEN:-$(value TRAIN_SEQ_LEN)}; length=${length:-2048}
 context=${TTT_EVAL_SEQ_LEN:-$(value TTT_EVAL_SEQ_LEN)}; context=${context:-2048}

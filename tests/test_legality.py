@@ -120,10 +120,11 @@ def doctored(real, tmp_path, pattern, text):
 LEGAL = sorted(p.stem for p in (ROOT / "presets").glob("*.env") if not p.stem.endswith("_as_run"))
 
 
-@pytest.mark.parametrize("preset", [*LEGAL, "stream", "no phases", "no adapters"])
+@pytest.mark.parametrize("preset", [*LEGAL, "stream", "mixer", "no phases", "no adapters"])
 def test_nothing_is_found_in_what_is_legal(preset):
     """Every preset with its own switches at a tiny size, and modes of the evaluation."""
     changes = {"stream": dict(ttt_stream=True, ttt_eval_seq_len=24),
+               "mixer": dict(ngram_mixer="exact"),
                "no phases": dict(phased_ttt_prefix_docs=0),
                "no adapters": dict(ttt_enabled=False)}.get(preset, {})
     cfg = tiny(**changes)
@@ -396,7 +397,7 @@ def table_line(row: Row, result: str) -> str:
 
 def main() -> int:
     """Run the rows' tests and write their results into docs/legality.md."""
-    report = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/legality.xml")
+    report = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "legality.xml")
     subprocess.run([sys.executable, "-m", "pytest", "-q", __file__, f"--junitxml={report}"],
                    cwd=ROOT, check=False)
     cases = ElementTree.parse(report).iter("testcase")
