@@ -84,10 +84,10 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
 def test_sigterm_saves_and_the_clock_goes_on(tmp_path):
     """A wallclock run that SIGTERM ends: exit code 143, and the budget is what was left of it."""
     data, folder = write_data(tmp_path / "data"), tmp_path / "out"
-    given = dict(CHECKPOINT_EVERY_SECONDS=1000, ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=4,
+    given = dict(CHECKPOINT_EVERY_SECONDS=1000, ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=12,
                  GPTQ_RESERVE_SECONDS=0, PREQUANT_ONLY=1)
     process = start(folder, data, **given)
-    wait_for(process, folder / "log.txt", r"^20/100000 train_loss")
+    wait_for(process, folder / "log.txt", r"^5/100000 train_loss")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -96,7 +96,8 @@ def test_sigterm_saves_and_the_clock_goes_on(tmp_path):
     text = finished(start(folder, data, **given))
     assert f"resumed: step:{step} train_time:{spent}ms" in text
     assert re.search(rf"^{int(step) + 1}/100000 train_loss", text, re.M)
-    assert 4000 <= int(re.search(r"^training stopped: train_time: (\d+)ms", text, re.M)[1]) < 6000
+    spent = int(re.search(r"^training stopped: train_time: (\d+)ms", text, re.M)[1])
+    assert 12000 <= spent < 20000
 
 
 def test_a_checkpoint_of_another_run_is_refused(program, monkeypatch):
