@@ -4484,6 +4484,12 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
+def start_clock(cfg: Config) -> dict[str, float]:
+    """What the loop below must know to go on, and a checkpoint keeps: before the first step."""
+    return {"step": 0, "seconds": 0.0, "changed_at": -cfg.seq_change_warmup_steps,
+            "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
+
+
 def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
     the seconds that calibration has left of the budget.
@@ -4492,27 +4498,23 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
     ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
-    kept = keeper.restore_training(model, optimisers, ema) if keeper else {}
-    first, spent = kept.get("step", 0), kept.get("seconds", 0.0)
-    changed_at = kept.get("changed_at", -cfg.seq_change_warmup_steps)
-    rows.longest = kept.get("longest", stage_length(0.0, cfg))
-    cfg = replace(cfg, gptq_reserve_seconds=kept.get("reserve", cfg.gptq_reserve_seconds))
+    clock = start_clock(cfg) | (keeper.restore_training(model, optimisers, ema) if keeper else {})
+    first, spent, changed_at, rows.longest, reserved = clock.values()
+    cfg = replace(cfg, gptq_reserve_seconds=reserved)
     batches = prefetch(rows.step, first)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
-    limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
     resumed, looped, result = rt.seconds(), False, None
     for step in itertools.count(first):
         seconds = rt.sync_clock(spent + time.perf_counter() - resumed)
         if keeper and keeper.due(seconds):
             if result is not None:
                 watch.check(result, step)
-            keeper.save_training(model, optimisers, ema, {
-                "step": step, "seconds": seconds, "changed_at": changed_at,
-                "longest": rows.longest, "reserve": cfg.gptq_reserve_seconds})
+            clock |= dict(step=step, seconds=seconds, changed_at=changed_at, longest=rows.longest)
+            keeper.save_training(model, optimisers, ema, clock)
         f = progress(step, seconds, cfg)
         timed = cfg.max_wallclock_seconds and not cfg.force_stop_step
-        last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and seconds >= limit
+        last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and f >= 1
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
             spent += rt.seconds() - resumed
             score = evaluate(model, val, cfg, rt)
