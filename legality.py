@@ -21,10 +21,9 @@ import numpy as np
 import torch
 
 import train_gpt as t
+from submission import LIMIT_BYTES, LIMIT_SECONDS
 
 DOCUMENTS, CHUNKS = 10, 2.5  # of the sample: how many documents, chunks of each
-LIMIT_SECONDS = 600.0  # of training with calibration, and of evaluation from the process's start
-LIMIT_BYTES = 16_000_000
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of a sum of probabilities
 PATIENCE = 25.0  # seconds for the slow way of adding up a distribution
 

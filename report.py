@@ -75,8 +75,9 @@ def schedule(ax: Any, logs: list[Log]) -> None:
            ylabel="factor of the learning rate", title="Learning rate and context")
     right = ax.twinx()
     right.grid(False)
-    right.plot([0, 1], [log.number("train_seq_len")] * 2, color="tab:orange",
-               label="longest segment")
+    told = log.settings.get("train_seq_schedule") or f"{log.number('train_seq_len')}@1"
+    lengths, ends = zip(*(map(float, part.split("@")) for part in told.split(",")), strict=True)
+    right.step([0, *ends], [lengths[0], *lengths], color="tab:orange", label="longest segment")
     right.set(ylabel="longest training context (tokens)", ylim=(0, 1.2 *
                                                                 log.number("train_seq_len")))
     handles = [h for axis in (ax, right) for h in axis.get_legend_handles_labels()[0]]

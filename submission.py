@@ -59,6 +59,7 @@ PAIRS = (("prequant_val_loss", "prequant_val_bpb"), ("quantized_val_loss", "quan
 # settings in which the logs of one submission may differ
 FREE = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "LOGFILE",
         "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
+# of training with calibration, and of evaluation from the process's start; of artifact and program
 LIMIT_SECONDS, LIMIT_BYTES = 600.0, 16_000_000
 FULL_BYTES = 151_074_309  # original bytes of the challenge's validation set
 RULE_NATS, RULE_P = 0.005, 0.01

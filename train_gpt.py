@@ -1314,7 +1314,7 @@ def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, dy_ptr, dvx_pt
 
 
 class FusedHeads(torch.autograd.Function):
-    """heads_ref around FlashAttention-4; H, K and D are powers of 2."""
+    """heads_ref around FlashAttention-4; H, K and D are powers of 2. Tiles: fastest on an H200."""
 
     @staticmethod
     def forward(ctx, x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,

@@ -162,7 +162,10 @@ def compare(modes: list[str], model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.
                                    ttt_stream=mode == "streamed")
                 model.load_state_dict(weights)
                 began, busy = rt.seconds(), time.process_time()
-                score = t.score_phased(model, val, settings.checked(), rt)
+                rules = t.make_rules(settings.checked(), rt, model, val)
+                if rules:
+                    rules.wait()
+                score = t.score_phased(model, val, settings, rt, rules=rules)
                 print(f"| {mode} | {chunk} | {rate:g} | "
                       f"{score.bpb:.5f} | {rt.seconds() - began:.1f} | "
                       f"{time.process_time() - busy:.1f} |", flush=True)

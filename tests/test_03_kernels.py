@@ -295,9 +295,8 @@ def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
 def test_heads_that_do_not_fit_take_the_twin(monkeypatch):
     monkeypatch.setattr(train_gpt.FusedHeads, "apply", None)  # calling it would fail
     monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
-    x, gain = torch.ones(1, 4, 6 * 4, device=DEVICE), torch.ones(2, device=DEVICE)
+    x, gain = torch.ones(1, 4, 4 * 12, device=DEVICE), torch.ones(2, device=DEVICE)
     segments = train_gpt.Segments(torch.tensor([0, 4], dtype=torch.int32, device=DEVICE), 4)
     rope = torch.ones(2, 4, 6, device=DEVICE)
-    y = train_gpt.heads(x[..., :24 * 2].repeat(1, 1, 2), x[..., :0], gain, None, rope,
-                        train_gpt.attend_fa4, segments, True, 1.0)
+    y = train_gpt.heads(x, x[..., :0], gain, None, rope, train_gpt.attend_fa4, segments, True, 1.0)
     assert y.shape == (1, 4, 24)

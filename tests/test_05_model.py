@@ -347,6 +347,25 @@ def test_a_fresh_model_has_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_compiled_parts_are_five_graphs_for_both_orders(monkeypatch):
+    """Compiled or not the losses are the same, and nothing compiles anew for another layer, order
+    or number of segments; outside the context nothing is compiled."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(
+        f, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, rows = busy_model(tiny()), [row_of(documents(x)) for x in ([20, 11], [7, 9, 14])]
+    runs = [(row, looped) for looped in (False, True) for row in rows]
+    with model.compiled(True):
+        found = [model(row.ids, row.targets, row.segments, looped) for row, looped in runs]
+        sum(losses.mean() for losses in found).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    assert "heads" not in vars(model)
+    for losses, (row, looped) in zip(found, runs, strict=True):
+        torch.testing.assert_close(losses, model(row.ids, row.targets, row.segments, looped))
+
+
 # ---- adapters
 
 def filled_lora(cfg, batch, seed=1):

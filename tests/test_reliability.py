@@ -57,20 +57,23 @@ def weights(folder):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
-    """kill -9 twice in training and once while the artifact is scored, against a quiet run."""
+    """kill -9 twice in training and once while the artifact is scored, against a quiet run; the
+    context grows in training, and n-grams are mixed in while it is scored."""
     data, rng = write_data(tmp_path / "data"), random.Random(7)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    want = score(finished(start(quiet, data, CHECKPOINT_EVERY_SECONDS=0, ITERATIONS=20)))
+    given = dict(ITERATIONS=20, TRAIN_SEQ_SCHEDULE="8@0.3,32@1", SEQ_CHANGE_WARMUP_STEPS=9,
+                 NGRAM_MIXER="exact", NGRAM_MIN_TOKENS=0)
+    want = score(finished(start(quiet, data, **given, CHECKPOINT_EVERY_SECONDS=0)))
     moments = [*(rf"^{rng.randrange(a, a + 5)}/20 train_loss" for a in (2, 10)), r"^ttt_phase"]
     log = killed / "log.txt"
     for moment in moments:
-        process = start(killed, data, ITERATIONS=20)
+        process = start(killed, data, **given)
         wait_for(process, log, moment)
         time.sleep(rng.random() * 0.02)
         process.kill()
         process.wait()
         assert "total_eval_time" not in log.read_text()
-    text = finished(start(killed, data, ITERATIONS=20))
+    text = finished(start(killed, data, **given))
     assert re.search(r"^resumed: scoring round:\d+ batch:\d+", text, re.MULTILINE)
     assert len(re.findall(r"^resumed: step:\d+", log.read_text(), re.MULTILINE)) == 2
     assert score(text) == want

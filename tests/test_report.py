@@ -58,6 +58,18 @@ def test_axes_have_units(logs):
             report.plt.close(figure)
 
 
+@pytest.mark.parametrize("told, want", [
+    ("", [(0, 2048), (1, 2048)]), ("512@0.1,2048@1", [(0, 512), (0.1, 512), (1, 2048)])])
+def test_the_context_follows_its_schedule(logs, told, want):
+    logs[0].write_text(logs[0].read_text().replace(
+        "  train_seq_len: 2048\n", f"  train_seq_len: 2048\n  train_seq_schedule: {told}\n"))
+    figure, ax = report.plt.subplots()
+    report.schedule(ax, [report.Log(logs[0])])
+    (line,) = figure.axes[1].get_lines()
+    assert list(zip(*line.get_data(), strict=True)) == want
+    report.plt.close(figure)
+
+
 def test_what_logs_lack_is_said(logs, tmp_path):
     for path in logs:
         lines = path.read_text().splitlines()
