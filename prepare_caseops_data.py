@@ -3,6 +3,7 @@
     python prepare_caseops_data.py --docs docs.jsonl --sp TOKENIZER.model --out data
     python prepare_caseops_data.py --docs a.jsonl.zst b.parquet FOLDER --text-column text ...
     zcat docs.jsonl.gz | python prepare_caseops_data.py --docs - --sp TOKENIZER.model --out data
+    python prepare_caseops_data.py --docs docs.jsonl --sp TOKENIZER.model --fuse-markers --out data
     python prepare_caseops_data.py --docs docs.jsonl --train-tokenizer --vocab-size 8192 --out data
     python prepare_caseops_data.py --demo data/demo --train-tokenizer --vocab-size 1024 \\
         --val-docs 150 --out data/demo
@@ -65,7 +66,7 @@ try:
     from caseops import COUNT_LIMIT, UserError, sources
     from caseops.console import Progress, mute, say
     from caseops.demo import build_demo
-    from caseops.encoder import Encoder, train_tokenizer
+    from caseops.encoder import Encoder, fuse_markers, train_tokenizer
     from caseops.shards import ShardWriter, write_whole
     from caseops.sources import DocumentProblem, Source, choose_val_docs
     from caseops.staging import (
@@ -248,8 +249,9 @@ def versions():
             "sentencepiece": sentencepiece.__version__, "numpy": np.__version__}
 
 
-def read_tokenizer(path):
-    """(model bytes, Encoder) of the SentencePiece model at `path`. Raises UserError."""
+def read_tokenizer(path, fuse=False):
+    """(model bytes, Encoder, file name) of the SentencePiece model at `path`, where asked for with
+    fused markers. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: a directory; give --sp the SentencePiece model in it")
@@ -260,12 +262,15 @@ def read_tokenizer(path):
     encoder = Encoder(model, str(path), threads=1)
     if path.suffix != ".model":
         raise UserError(f"{path}: the name of a tokenizer must end in .model; rename it")
-    return model, encoder
+    if fuse:
+        model = fuse_markers(model, str(path))
+        return model, Encoder(model, str(path), threads=1), f"{path.stem}_fused.model"
+    return model, encoder, path.name
 
 
-def trained_tokenizer(source, staged, n_val, vocab_size, max_bytes):
+def trained_tokenizer(source, staged, n_val, vocab_size, max_bytes, fuse):
     """(model bytes, file name): the one that an earlier run left in `staged`, else a new one."""
-    name = f"fineweb_{vocab_size}_bpe_{caps.TRANSFORM_NAME}_reserved.model"
+    name = f"fineweb_{vocab_size}_bpe_{caps.TRANSFORM_NAME}_reserved{'_fused' * fuse}.model"
     path = staged.folder / name
     if not staged.state:
         chunks = source.chunks()
@@ -276,6 +281,8 @@ def trained_tokenizer(source, staged, n_val, vocab_size, max_bytes):
                                         max_bytes, lambda: progress.at(source.position))
         except DocumentProblem as e:
             raise source.explain(e, chunks) from None
+        if fuse:
+            model = fuse_markers(model)
         write_whole(path, model)
         staged.save({"tokenizer": name, "files": {}})
         say(f"tokenizer: {vocab_size} pieces, trained on the training documents")
@@ -284,10 +291,11 @@ def trained_tokenizer(source, staged, n_val, vocab_size, max_bytes):
 
 def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_tokens=100_000_000,
             tokenizer_bytes=300_000_000, text_column="text", workers=1, drop_duplicates=False,
-            restart=False, overwrite=False):
+            fuse=False, restart=False, overwrite=False):
     """Prepare the data set of `docs`, a path or several, under `out`; the manifest (a dict).
 
-    Give `sp`, a tokenizer's path, or `vocab_size` to train one on the training documents. With
+    Give `sp`, a tokenizer's path, or `vocab_size` to train one on the training documents; `fuse`
+    gives it fused markers. With
     several `workers` the caller's module must be importable without side effects. Raises UserError
     or OSError, and then leaves what was there before untouched.
     """
@@ -296,11 +304,12 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
         raise UserError("--train-tokenizer reads the input twice, standard input comes once; give "
                         "--docs a file")
     identity = {"--val-docs": val_docs, "--shard-tokens": shard_tokens, **versions(),
-                "--text-column": text_column, "--drop-val-duplicates": drop_duplicates}
+                "--text-column": text_column, "--drop-val-duplicates": drop_duplicates,
+                "--fuse-markers": fuse}
     if sp is not None:
-        model, encoder = read_tokenizer(sp)
+        model, encoder, name = read_tokenizer(sp, fuse)
         identity["tokenizer"] = hashlib.sha256(model).hexdigest()
-        vocab_size, name = encoder.size, Path(sp).name
+        vocab_size = encoder.size
     else:  # another input may give another tokenizer, though it begins with the same documents
         identity |= {"--tokenizer-bytes": tokenizer_bytes, "input": [
             [size, Path(p).stat().st_mtime_ns] for p, size in
@@ -325,7 +334,8 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
             if staged.note:
                 say(staged.note)
             if sp is None:
-                model, name = trained_tokenizer(source, staged, n_val, vocab_size, tokenizer_bytes)
+                model, name = trained_tokenizer(source, staged, n_val, vocab_size, tokenizer_bytes,
+                                                fuse)
                 encoder = Encoder(model, "the tokenizer just trained", threads=1)
                 assert encoder.exact and encoder.size == vocab_size
             entry = {"file": name, "sha256": hashlib.sha256(model).hexdigest(),
@@ -400,6 +410,9 @@ def make_parser():
     p.add_argument("--vocab-size", type=int, metavar="N", help="its size, at most 65536")
     p.add_argument("--tokenizer-bytes", type=int, default=300_000_000, metavar="N",
                    help="train it on the first N bytes of training text (default %(default)s)")
+    p.add_argument("--fuse-markers", action="store_true",
+                   help="one id for the space before a capital word and its case operator: about "
+                        "8%% fewer tokens; the tokenizer is written as NAME_fused.model")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
                    help="tokens a shard (default %(default)s)")
     p.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
@@ -447,6 +460,8 @@ def parse_arguments(argv):
         (args.sp and args.train_tokenizer, "--sp and --train-tokenizer: give one of them"),
         (args.train_tokenizer and args.vocab_size is None,
          "--train-tokenizer needs --vocab-size N"),
+        (args.fuse_markers and not (args.sp or args.train_tokenizer),
+         "--fuse-markers goes with --sp or --train-tokenizer"),
         (args.vocab_size is not None and not args.train_tokenizer,
          "--vocab-size is for --train-tokenizer"),
         (args.vocab_size is not None and not 1 <= args.vocab_size <= COUNT_LIMIT,
@@ -492,7 +507,7 @@ def run(args):
                 val_docs=args.val_docs, shard_tokens=args.shard_tokens,
                 tokenizer_bytes=args.tokenizer_bytes, text_column=args.text_column,
                 workers=args.workers, drop_duplicates=args.drop_val_duplicates,
-                restart=args.restart, overwrite=args.overwrite)
+                fuse=args.fuse_markers, restart=args.restart, overwrite=args.overwrite)
     return 0
 
 

@@ -162,8 +162,9 @@ def _validation_of(path):
 class _Tokens:
     """Looks at every block of one split: the BOS in it, and ids that have no business there."""
 
-    def __init__(self, vocabulary, progress=lambda n: None):
+    def __init__(self, vocabulary, encoder, progress=lambda n: None):
         self.vocabulary, self.progress = vocabulary, progress
+        self.textless = encoder.textless if encoder else np.arange(4)
         self.documents = self.highest = 0
         self.special = {}  # shard: how many ids 0, 2, 3
         self.too_high = {}  # shard: its highest id, where that is no piece
@@ -172,7 +173,7 @@ class _Tokens:
         """int64: positions in the split of the BOS among the block's new tokens."""
         fresh = block.tokens[block.old:]
         low = np.flatnonzero(fresh < 4)
-        bos = low[fresh[low] == BOS]
+        bos, low = low[fresh[low] == BOS], low[np.isin(fresh[low], self.textless)]
         name = block.shard.path.name
         if len(bos) < len(low):
             self.special[name] = self.special.get(name, 0) + len(low) - len(bos)
@@ -309,7 +310,7 @@ class _Audit:
 
     def read_validation(self):
         """Load validation and its byte counts."""
-        tokens = _Tokens(self.vocabulary, self._advance)
+        tokens = _Tokens(self.vocabulary, self.encoder, self._advance)
         digests = {}
         loaded, bos = overlap.load(self.splits["val"], digests, tokens.look)
         self.digests |= {("val", k): v for k, v in digests.items()}
@@ -365,7 +366,7 @@ class _Audit:
 
     def _tell_tokens(self, title, name, tokens):
         for shard, count in tokens.special.items():
-            self.error(f"{shard}: {count:,} tokens with id 0, 2 or 3 (padding, end, unknown)")
+            self.error(f"{shard}: {count:,} tokens without text (padding, end, unknown)")
         for shard, highest in tokens.too_high.items():
             self.error(f"{shard}: id {highest:,}, but the vocabulary has {self.vocabulary:,}")
         split = self.splits[name]
@@ -406,7 +407,7 @@ class _Audit:
 
     def search_training(self):
         """Stream the training shards past the validation documents."""
-        tokens = _Tokens(self.vocabulary, self._advance)
+        tokens = _Tokens(self.vocabulary, self.encoder, self._advance)
         digests = {} if self.manifests[self.folder] else None
         self.found = overlap.search(self.validation, self.splits["train"], tokens.look, digests)
         self.digests |= {("train", k): v for k, v in (digests or {}).items()}
@@ -528,7 +529,7 @@ class _Audit:
             ids = [v.document(d) for d in part]
             for d, x, (text, whole) in zip(part, ids, decode_documents(self.encoder, ids),
                                            strict=True):
-                loss.add(x, text, whole, int(self.sizes[d]))
+                loss.add(self.encoder.count_textless(x), text, whole, int(self.sizes[d]))
         sample = "" if len(chosen) == len(v) else f" (every {len(v) / len(chosen):.0f}th document)"
         line = loss.line(f"validation decoded{sample}", self.encoder.exact)
         self.figures["loss"] = dataclasses.asdict(loss)

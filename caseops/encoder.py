@@ -16,6 +16,9 @@ except ImportError:  # numba: the same ids without it, several times slower
     SegmentCache = None
 
 OPERATOR_IDS = {op: 4 + i for i, op in enumerate(caps.OPERATORS)}
+# What `fuse_markers` puts in the place of padding and end of sequence, which shards never hold.
+FUSED = {0: SPACE_MARK + caps.TITLE, 2: SPACE_MARK + caps.ALLCAPS}
+_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
 
 
 class DocumentError(ValueError):
@@ -50,6 +53,8 @@ class Encoder:
         self.threads = threads or os.cpu_count() or 1
         pieces = [self.sp.id_to_piece(i) for i in range(self.size)]
         self._require(name, pieces)
+        self.textless = np.array([i for i in range(self.size)  # control pieces and the unknown one
+                                  if self.sp.is_control(i) or self.sp.is_unknown(i)])
         is_byte = [self.sp.is_byte(i) for i in range(self.size)]
         # Length of each piece in normalised text, where a space is SPACE_MARK (3 bytes).
         self._lengths = np.array([1 if b else len(p.encode())
@@ -112,6 +117,10 @@ class Encoder:
         """The text of `ids` (without BOS): the original one where the tokenizer is `exact`."""
         return caps.decode(self.sp.decode([int(i) for i in ids]))
 
+    def count_textless(self, ids):
+        """How many of the ids (an integer array) have no text."""
+        return int(np.isin(ids, self.textless).sum())
+
     def encode_transformed(self, data):
         """(ids, counts), two integer arrays, of one transformed text as UTF-8."""
         ids = np.array(self.sp.encode(data), np.int64)
@@ -129,6 +138,54 @@ class Encoder:
         joined = [first, *(pair for part in rest for pair in (self._mark, part))]
         ids, spans = zip(*joined, strict=True)
         return np.concatenate(ids), np.concatenate(spans)
+
+
+# ---- fused markers -------------------------------------------------------------------------------
+
+
+def fuse_markers(model, name="tokenizer"):
+    """A serialized model that gives the space before a capital word and its operator one id.
+
+    The pieces 0 and 2 become FUSED, taken before any merge, as the operators themselves are; the
+    text of ids is what it was. After parameter-golf #2109. UserError where they are not free.
+    """
+    sp = sentencepiece.SentencePieceProcessor()
+    sp.LoadFromSerializedProto(model)
+    if not all(sp.is_control(i) for i in FUSED):
+        raise UserError(f"{name}: pieces 0 and 2 are not padding and end of sequence, so they are "
+                        "not free; leave out --fuse-markers")
+    parts, number = [], 0
+    for field, part in _fields(model):
+        if field == 1:  # pieces, in the order of their ids
+            if number in FUSED:
+                piece = FUSED[number].encode()
+                body = b"\x0a%c%b\x15%b\x18%c" % (len(piece), piece, bytes(4), _USER_DEFINED)
+                part = b"\x0a%c%b" % (len(body), body)
+            number += 1
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _fields(message):
+    """(number, bytes with its key) of every field of a serialized protocol buffer."""
+    def varint(i):
+        value = shift = 0
+        while True:
+            value |= (message[i] & 0x7F) << shift
+            i, shift = i + 1, shift + 7
+            if message[i - 1] < 0x80:
+                return value, i
+
+    at = 0
+    while at < len(message):
+        begin, (key, at) = at, varint(at)
+        kind = key & 7
+        if kind == 2:  # a length, and so many bytes
+            size, at = varint(at)
+        else:
+            size = {0: varint(at)[1] - at if kind == 0 else 0, 1: 8, 5: 4}[kind]
+        at += size
+        yield key >> 3, message[begin:at]
 
 
 # ---- training a tokenizer ------------------------------------------------------------------------

@@ -104,14 +104,14 @@ class Loss:
     unmarked: int = 0
     unknown: int = 0
 
-    def add(self, ids, text, whole, original=None):
-        """Count a document: its ids without BOS, text, whether its operators were undone, and
-        its original bytes, if known."""
+    def add(self, unknown, text, whole, original=None):
+        """Count a document: how many of its ids have no text, its text, whether its operators were
+        undone, and its original bytes, if known."""
         size = len(text.encode())
         self.documents += 1
         self.decoded += size
         self.unmarked += not whole
-        self.unknown += int(np.count_nonzero(ids < 4))
+        self.unknown += unknown
         if original is not None:
             self.original = (self.original or 0) + original
             self.changed += original != size
@@ -134,7 +134,7 @@ class Loss:
         if self.unmarked:
             text += f"; {self.unmarked:,} documents with operators that cannot be undone"
         if self.unknown:
-            text += f"; {self.unknown:,} tokens without text (ids 0..3)"
+            text += f"; {self.unknown:,} tokens without text"
         return text
 
 
@@ -183,7 +183,7 @@ def _write(file, shards, name, encoder):
             original = None
             if side is not None:
                 original = int(side.read(begin, begin + len(ids)).sum(dtype=np.int64))
-            loss.add(ids, text, whole, original)
+            loss.add(encoder.count_textless(ids), text, whole, original)
             file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
     return loss
 

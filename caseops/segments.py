@@ -273,7 +273,7 @@ def _rehash(old, keys, rows):
 def _pieces(sp):
     """The ids of the pieces that merging makes, in the order of the vocabulary."""
     return [i for i in range(len(sp)) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)
-                                              or sp.id_to_piece(i) in caps.OPERATORS)]
+                                              or sp.id_to_piece(i)[-1:] in caps.OPERATORS)]
 
 
 def _neighbours(pieces):

@@ -300,6 +300,26 @@ def test_runs_are_identical(made, model, tmp_path):
     assert tree(tmp_path / "data" / "datasets" / SET) == tree(folder)
 
 
+def test_fused_markers_from_the_command_line(made, model, tmp_path, capsys):
+    """Fewer tokens, the same documents and bytes; audited, and exported to the same texts."""
+    folder, plain, texts = made
+    docs = write_docs(tmp_path / "docs.jsonl", texts)
+    call = ["--docs", str(docs), "--out", str(tmp_path), "--sp", str(model), "--val-docs", "9"]
+    assert prep.main([*call, "--fuse-markers"]) == 0
+    fused = json.loads((tmp_path / "datasets" / SET / "manifest.json").read_text())
+    assert fused["tokenizer"]["file"] == f"{model.stem}_fused.model"
+    assert fused["totals"]["train"]["tokens"] < plain["totals"]["train"]["tokens"]
+    assert fused["totals"]["val"]["counted_bytes"] == plain["totals"]["val"]["counted_bytes"]
+    assert fused["split"] == plain["split"]
+    assert prep.main(["--audit", str(tmp_path / "datasets" / SET)]) == 0, capsys.readouterr().out
+    out = tmp_path / "again.jsonl"
+    assert prep.main(["--export", str(tmp_path / "datasets" / SET), "--out", str(out)]) == 0
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == texts
+    capsys.readouterr()
+    assert prep.main(call) == 2  # not over a set of another tokenizer
+    assert "--overwrite" in capsys.readouterr().err
+
+
 def test_smaller_set_replaces_a_larger_one(model, english, tmp_path):
     docs = write_docs(tmp_path / "d.jsonl", english[:6])
     folder = tmp_path / "datasets" / SET
