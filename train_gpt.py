@@ -2726,27 +2726,32 @@ def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
     )
 
 
-def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapping[str, Tensor],
-                  rt: Runtime) -> dict[str, float]:
-    """By matrix: what noise E in its weights costs for each unit of trace(E H E^T), but for one
-    factor that all matrices share: the mean square of the loss's gradient by an output.
+RARE_ROWS = 0.03  # of the mean sensitivity of a matrix, added to every row's
 
-    A weight's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
-    independent, E|dW|^2 = trace(H) * rows * mean g^2. What two rows' gradients have in common is no
-    noise, so their difference is taken. Fisher's matrix stands for the loss's second derivative."""
+
+def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapping[str, Tensor],
+                  rt: Runtime) -> dict[str, Tensor]:
+    """By matrix, [rows]: what noise E in a row costs for each unit of E H E^T, but for one factor
+    that all share: the mean square of the loss's gradient g by that output.
+
+    A row's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
+    independent, E|dW|^2 = trace(H) mean g^2. What two batch rows' gradients have in common is no
+    noise, so their difference is taken. Fisher's matrix stands for the loss's second derivative.
+    Rows of rare tokens, which a batch may lack, get a share of their matrix' mean."""
     found, params, before = matrices(model.cfg), dict(model.named_parameters()), {}
-    sums = torch.zeros(len(found), device=rt.device)
+    sums = [torch.zeros(matrix_of(params, m).shape[0], device=rt.device) for m in found]
     for row in itertools.chain(rows.step(first_step), rows.step(first_step + 1)):
         loss = model(row.ids, row.targets, row.segments, True).mean()
         grads = dict(zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True))
         if before:
-            sums += torch.stack([(matrix_of(grads, m) - matrix_of(before, m)).square().sum()
-                                 for m in found])
+            for m, total in zip(found, sums, strict=True):
+                total += (matrix_of(grads, m) - matrix_of(before, m)).square().sum(1)
         before = {name: g.clone() for name, g in grads.items()}
-    heights = [matrix_of(params, m).shape[0] for m in found]
-    costs = {m.name: x / (hessians[m.source].trace().item() * n + 1e-30)
-             for m, n, x in zip(found, heights, rt.sum_(sums).tolist(), strict=True)}
-    return {name: max(cost, 1e-12 * max(costs.values()), 1e-30) for name, cost in costs.items()}
+    sums = rt.sum_(torch.cat(sums)).split([len(x) for x in sums])
+    costs = {m.name: (x + RARE_ROWS * x.mean()) / (hessians[m.source].trace() + 1e-30)
+             for m, x in zip(found, sums, strict=True)}
+    least = max(1e-30, 1e-12 * max(x.max().item() for x in costs.values()))
+    return {name: x.clamp_min(least).cpu() for name, x in costs.items()}
 
 
 def water_level(deviations: Sequence[float], units: Sequence[float], counts: Sequence[int],
@@ -2790,22 +2795,25 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
     return best
 
 
-def trellis_unit(factor: Factor, sensitivity: float) -> float:
-    """The step of a matrix at level 0: noise of as many steps costs the same in every matrix."""
-    return factor.U.diagonal().log2().mean().exp2().item() / math.sqrt(sensitivity)
+def trellis_unit(factor: Factor, sensitivity: Tensor) -> Tensor:
+    """Steps [rows] at level 0: noise of as many steps costs the same in every row. In quarters of
+    octaves, which are cheap to store."""
+    unit = factor.U.diagonal().log2().mean().cpu() - sensitivity.log2() / 2
+    return ((4 * unit).round() / 4).exp2()
 
 
-def trellis_steps(W: Tensor, factor: Factor, unit: float) -> tuple[Tensor, Tensor]:
-    """s [rows] and c [cols] of the steps s 2^(c/8): as fine in column c as its error is dear, 1 /
-    U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every symbol."""
+def trellis_steps(W: Tensor, factor: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """s [rows] and c [cols] of the steps s 2^(c/8), s = unit [rows]: as fine in column c as its
+    error is dear, 1 / U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every
+    symbol."""
     u = factor.U.diagonal()[factor.order.argsort()].log2()
     c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
     floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
-    return floor.clamp(min=unit).half().clamp_min(2.0**-24), c
+    return floor.maximum(unit.to(floor)).half().clamp_min(2.0**-24), c
 
 
 def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
-                     sensitivity: Mapping[str, float], level: float,
+                     sensitivity: Mapping[str, Tensor], level: float,
                      cfg: Config) -> dict[str, Tensor]:
     """NAME.q (symbols m), NAME.s and NAME.c of every matrix, and the number of states."""
     def one(m: Matrix) -> dict[str, Tensor]:
@@ -2823,13 +2831,14 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
 
 @torch.no_grad()
 def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-                noise: Mapping[str, float], cfg: Config, budget: int,
+                noise: Mapping[str, Tensor], cfg: Config, budget: int,
                 encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
     """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
     torch.backends.cuda.matmul.allow_tf32 = False
     found = matrices(cfg)
     factors = {name: factorise(H, cfg.gptq_damp_factor) for name, H in hessians.items()}
-    units = [trellis_unit(factors[m.source], noise[m.name]) for m in found]
+    units = [trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item()
+             for m in found]
     weights = [matrix_of(state, m) for m in found]
     counts = [W.numel() for W in weights]
     spreads = [W.square().mean().sqrt().item() for W in weights]
@@ -4685,7 +4694,7 @@ def baked(source: str, cfg: Config) -> str:
 
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
-         noise: dict[str, float], folder: Path) -> None:
+         noise: dict[str, Tensor], folder: Path) -> None:
     """Quantise, compress and write the two files that count, and log what they weigh.
 
     noise: `sensitivities`, for QUANTISER=tcq."""

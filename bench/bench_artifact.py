@@ -62,7 +62,8 @@ def synthetic(cfg: t.Config, seed: int = 0) -> dict[str, np.ndarray]:
             out[f"{m.name}.q"], out[f"{m.name}.s"] = q.numpy(), s.numpy()
             continue
         factor, fine = factors.setdefault(C, t.factorise(hessians[C])), m.role == "embedding"
-        s, c = t.trellis_steps(W, factor, W.std().item() * (0.12 if fine else 0.235))
+        s, c = t.trellis_steps(W, factor,
+                                torch.full((len(W),), W.std().item() * (0.12 if fine else 0.235)))
         started = time.process_time()
         q = t.gptq_trellis(W, factor, s, c, cfg.trellis_states)
         seconds += time.process_time() - started

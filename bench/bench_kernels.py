@@ -30,7 +30,8 @@ def measure(name: str, function, twin, inputs: list, units: tuple[float, float])
     """One line: us and GB/s of both directions; `units` are [N, d] bfloat16 tensors moved."""
     line = f"{name:22}"
     for f in (function, torch.compile(twin, dynamic=False)) if twin else (function,):
-        results = list({id(y): y for y in f(*inputs) if y.requires_grad and y.numel()}.values())
+        results = list({id(y): y for y in f(*inputs)
+                        if y is not None and y.requires_grad and y.numel()}.values())
         grads = [torch.randn_like(y) for y in results]
         leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
 

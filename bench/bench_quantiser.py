@@ -116,8 +116,9 @@ class Study:
         return torch.cat(out)
 
     def hand_unit(self, m):
-        """A step a matrix: the geometric mean of the uniform grid's."""
-        return t.grid_for(m.role, self.cfg).steps(self.weights[m]).float().log().mean().exp().item()
+        """One step for all rows: the geometric mean of the uniform grid's."""
+        s = t.grid_for(m.role, self.cfg).steps(self.weights[m]).float()
+        return torch.full_like(s, s.log().mean().exp().item())
 
     def own_unit(self, m):
         return t.trellis_unit(self.factors[m.source], self.noise[m.name])
@@ -129,7 +130,7 @@ class Study:
             factor = self.factors[m.source]
             s, c = t.trellis_steps(W, factor, 2**level * unit(m))
             if not columns:
-                s, c = torch.full_like(s, 2**level * unit(m)), torch.zeros_like(c)
+                s, c = (2**level * unit(m)).to(s), torch.zeros_like(c)
             if isinstance(kind, str):
                 k = scalar(W, factor, s, c, kind == "ECSQ")
                 out[m] = k * s.float()[:, None] * (c.float() / 8).exp2()
@@ -212,7 +213,8 @@ class Study:
                 ("ECSQ", self.own_unit, "scalar, by sensitivity"),
                 (8, self.own_unit, "trellis of 8, by sensitivity"),
                 (32, self.own_unit, "trellis of 32, by sensitivity")):
-            level = t.water_level(spreads, [unit(m) for m in self.weights], counts, budget)
+            level = t.water_level(spreads, [unit(m).log2().mean().exp2().item()
+                                            for m in self.weights], counts, budget)
             for _ in range(4):
                 out, bits = self.quantise(kind, unit, level)
                 level += (over := (sum(bits.values()) - budget) / self.count)

@@ -17,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,823: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,832: the
 # record's program has 3,753.
 SECTIONS = {
     0: ("Header", 69), 1: ("Config", 425), 2: ("Runtime", 159), 3: ("Kernels", 719),
     4: ("Attention", 137), 5: ("Model", 419), 6: ("Optimisers", 217), 7: ("Data", 238),
-    8: ("Quantisation", 572), 9: ("Artifact", 434), 10: ("Evaluation", 142),
+    8: ("Quantisation", 581), 9: ("Artifact", 434), 10: ("Evaluation", 142),
     11: ("Test-time training", 462), 12: ("N-gram", 216), 13: ("SLOT", 103), 14: ("Training", 274),
     15: ("Main", 237),
 }
-MOST_LINES = 4823
+MOST_LINES = 4832
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {

@@ -479,7 +479,7 @@ def test_rate_and_error_on_a_gaussian(states, bits, decibel):
 def trellis_part(W, H, unit):
     """The arguments of gptq_trellis but the last."""
     factor = t.factorise(H)
-    return W, factor, *t.trellis_steps(W, factor, unit)
+    return W, factor, *t.trellis_steps(W, factor, torch.full((len(W),), unit))
 
 
 def decoded(part, m, states=8):
@@ -626,9 +626,25 @@ def test_sensitivity_tells_what_noise_costs():
         (new[m.bank] if m.index is None else new[m.bank][m.index]).add_(E)
         model.load_state_dict(new)
         lost = (ref.exp() * (ref - log_probabilities())).sum(-1).mean().item()
-        ratios.append(lost / (found[m.name] * weighted(E, hessians[m.source])))
+        told = found[m.name].sqrt()[:, None] * E
+        ratios.append(lost / weighted(told, hessians[m.source]))
     spread = torch.tensor(ratios).clamp_min(1e-30).log2()
     assert spread.std() < 0.7
+
+
+def test_rows_that_matter_less_get_coarser_steps():
+    """In the embedding those of tokens that no row holds; in quarters of octaves everywhere."""
+    model, rows = busy_model(tiny()), Rows()
+    hessians = t.calibrate(model, rows, 0, runtime())
+    embedding, = [m for m in t.matrices(model.cfg) if m.role == "embedding"]
+    found = t.sensitivities(model, rows, 0, hessians, runtime())[embedding.name]
+    seen = torch.zeros(len(found), dtype=bool)
+    seen[torch.cat([row.ids.flatten() for row in rows.rows[:4]])] = True
+    assert found[seen].mean() > 3 * found[~seen].mean() > 0
+    unit = t.trellis_unit(t.factorise(hessians[embedding.source]), found)
+    assert torch.equal(4 * unit.log2(), (4 * unit.log2()).round())
+    cost = unit.square() * found
+    assert cost.max() / cost.min() < 2**0.51
 
 
 @pytest.mark.parametrize("changes", [{}, dict(trellis_states=8)], ids=str)
@@ -649,7 +665,7 @@ def test_trellis_state_dict_round_trip(changes):
     restored = t.dequantise(fitted[-1], model)
     for name, W in state.items():
         if t.route([name])[name].store == "gptq":
-            assert (restored[name] - W).norm() < 0.2 * W.norm(), name
+            assert (restored[name] - W).norm() < 0.3 * W.norm(), name
     for states in ([7], [8, 8], []):
         with pytest.raises(t.UserError, match="trellis"):
             t.dequantise({**fitted[-1], "trellis": torch.tensor(states, dtype=torch.int16)}, model)
