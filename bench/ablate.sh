@@ -3,6 +3,9 @@
 #   bench/ablate.sh [PRESET]                      default: pr1855 where a GPU is, else cpu_demo
 #   ONLY="tilt awq_lite" SEEDS="42 0 1234" bench/ablate.sh cpu_demo
 #   ITERATIONS=60 bench/ablate.sh cpu_demo        any setting in the environment holds for all runs
+#   JOBS=4 bench/ablate.sh      so many runs at a time: seconds say nothing then, and training must
+#                               end by ITERATIONS, with MAX_WALLCLOCK_SECONDS=0
+#   FUSED=data_fused   adds the same documents prepared with --fuse-markers
 # Techniques of training are trained; those of quantisation start from the base's weights, those of
 # evaluation from its artifact, so that nothing else differs. Folders: OUT/TECHNIQUE/seedN (OUT is
 # runs/ablate-PRESET); a run whose score is there is not repeated. The table is ablate_table.py's.
@@ -46,6 +49,10 @@ if [ -n "${TOKENIZER_PATH:-}" ]; then
   techniques+="tilt_words    eval  NGRAM_TILT_ENABLED=1 WITHIN_BOOST=0.75 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5
 "
 fi
+if [ -n "${FUSED:-}" ]; then
+  techniques+="fused         train DATA_DIR=$FUSED TOKENIZER_PATH=
+"
+fi
 
 processes=1
 for n in 2 4 8; do if [ "$gpus" -ge "$n" ]; then processes=$n; fi; done
@@ -63,27 +70,38 @@ program() {
     "${launch[@]}" train_gpt.py > /dev/null
 }
 
+# technique FOLDER BASE SEED KIND NAME=value ...
+technique() {
+  local folder=$1 base=$2 seed=$3 kind=$4
+  shift 4
+  mkdir -p "$folder"
+  case $kind in
+    train) if [ ! -f "$folder/final_model.pt" ]; then
+             program "$folder" train "$seed" "$@" PREQUANT_ONLY=1
+           fi ;;
+    quant) ln -f "$base/final_model.pt" "$folder/" ;;
+    eval) ln -f "$base/final_model.int6.ptz" "$folder/" ;;
+  esac
+  if [ "$kind" = eval ]; then set -- "$@" TTT_EVAL_ONLY=1; else set -- "$@" QUANTIZE_ONLY=1; fi
+  program "$folder" log "$seed" "$@"
+}
+
+# room N: wait until fewer than N runs are under way
+room() { while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do wait -n; done; }
+
 for seed in ${SEEDS:-42 0 1234}; do
-  base=$out/base/seed$seed
-  if [ ! -f "$base/final_model.pt" ]; then program "$base" train "$seed" PREQUANT_ONLY=1; fi
-  program "$base" log "$seed" QUANTIZE_ONLY=1
-  echo "$techniques" | while read -r name kind settings; do
-    if [ -z "$name" ] || [[ -n "${ONLY:-}" && " $ONLY " != *" $name "* ]]; then continue; fi
-    folder=$out/$name/seed$seed
-    echo "== $name, seed $seed" >&2
-    mkdir -p "$folder"
-    case $kind in
-      train) if [ ! -f "$folder/final_model.pt" ]; then
-               # shellcheck disable=SC2086  # settings are words
-               program "$folder" train "$seed" $settings PREQUANT_ONLY=1
-             fi ;;
-      quant) ln -f "$base/final_model.pt" "$folder/" ;;
-      eval) ln -f "$base/final_model.int6.ptz" "$folder/" ;;
-    esac
-    mode=QUANTIZE_ONLY=1
-    if [ "$kind" = eval ]; then mode=TTT_EVAL_ONLY=1; fi
-    # shellcheck disable=SC2086
-    program "$folder" log "$seed" $settings $mode < /dev/null
-  done
+  room "${JOBS:-1}"
+  technique "$out/base/seed$seed" - "$seed" train &
 done
+room 1
+for seed in ${SEEDS:-42 0 1234}; do
+  while read -r name kind settings; do
+    if [ -z "$name" ] || [[ -n "${ONLY:-}" && " $ONLY " != *" $name "* ]]; then continue; fi
+    room "${JOBS:-1}"
+    echo "== $name, seed $seed" >&2
+    # shellcheck disable=SC2086  # settings are words
+    technique "$out/$name/seed$seed" "$out/base/seed$seed" "$seed" "$kind" $settings < /dev/null &
+  done <<< "$techniques"
+done
+room 1
 python bench/ablate_table.py "$out"
