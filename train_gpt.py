@@ -37,14 +37,12 @@ import linecache
 import lzma
 import math
 import os
-import queue
 import re
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,6 +70,12 @@ except ImportError:  # check_compressor says how to get it
 # ==================================================================================================
 class UserError(Exception):
     """A mistake that the user can mend: main() prints its one line and exits with code 2."""
+
+
+def require(holds: Any, problem: str) -> None:
+    """UserError with the text of the problem unless it holds."""
+    if not holds:
+        raise UserError(problem)
 
 
 def setting(default: Any, text: str, lo: float | None = None, hi: float | None = None,
@@ -339,8 +343,7 @@ class Config:
              "runs it, and says so beside the score"),
         )
         for holds, text in rules:
-            if not holds:
-                raise UserError(f"contradictory settings: {text}")
+            require(holds, f"contradictory settings: {text}")
         return self
 
     def pairs(self, name: str, mark: str) -> tuple[tuple[int, float], ...]:
@@ -408,13 +411,11 @@ FIXED = {
     "EVAL_STRIDE": ("64", "1536"), "COMPILE_SHAPE_WARMUP": ("1",), "SKYLIGHT_MUON": ("0",),
     "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock",), "TEMPERATURE_SCALE": ("1.0", "1"),
     "WORD_NORMALIZE": ("strip_punct_lower",), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": ("0",),
-    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",),
-    "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "VAL_DOC_FRACTION": ("1.0",),
-    "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "PHASED_TTT_ENABLED": ("1",),
-    "TTT_GRAD_STEPS": ("1",), "TTT_OPTIMIZER": ("adam",), "TTT_EVAL_BATCHES": ("",),
-    "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
-    "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
-}
+    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",), "VAL_DOC_FRACTION": ("1.0",),
+    "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "PHASED_TTT_ENABLED": ("1",),
+    "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "TTT_EVAL_BATCHES": ("",), "TTT_GRAD_STEPS": ("1",),
+    "TTT_OPTIMIZER": ("adam",), "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
+    "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0")}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
 GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
            "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
@@ -434,13 +435,12 @@ def is_ours(name: str) -> bool:
 
 def suggest(name: str) -> str:
     """The known name that is nearest word by word, then as a whole, if any is near."""
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
 
     def likeness(known: str) -> tuple[float, float]:
-        alike = [
-            max(difflib.SequenceMatcher(None, a, b).ratio() for b in known.split("_"))
-            for a in name.split("_")
-        ]
-        return sum(alike) / len(alike), difflib.SequenceMatcher(None, name, known).ratio()
+        words = [max(alike(a, b) for b in known.split("_")) for a in name.split("_")]
+        return sum(words) / len(words), alike(name, known)
 
     best = max(SETTINGS, key=likeness)
     return f"; did you mean {best}?" if likeness(best)[0] > 0.6 else ""
@@ -468,21 +468,18 @@ def parse_value(entry: Any, text: str, where: str) -> Any:
 def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment."""
     path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
-        raise UserError(f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
+    known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
+    require(path.is_file(), f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable ({error}); save it as UTF-8 text") from None
     found = {}
     for number, line in enumerate(lines, 1):
-        text = line.split("#")[0].strip()
-        if text:
-            key, sep, value = text.partition("=")
-            if not sep:
-                raise UserError(f"{path}:{number}: not a NAME=value line: {text}")
-            found[key.strip()] = (value.strip(), f"{path}:{number}: {key.strip()}")
+        key, sep, value = (part.strip() for part in line.split("#")[0].partition("="))
+        require(sep or not key, f"{path}:{number}: not a NAME=value line: {key}")
+        if sep:
+            found[key] = value, f"{path}:{number}: {key}"
     return found
 
 
@@ -570,26 +567,23 @@ class Runtime:
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
     """The runtime of this process under torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or alone."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    if world < 1 or 8 % world:
-        raise UserError(f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
+    require(world > 0 and 8 % world == 0,
+            f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
+        require(local < gpus, f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
         device = torch.device("cuda", local)
-    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
-        # Rank 0 compresses for minutes while the others wait.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, *_ = next(dist.rendezvous("env://", rank, world))
         # else a restarted run would find the addresses of the processes that died
         store = dist.PrefixStore(environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))
+                                timeout=timedelta(hours=1))  # rank 0 compresses for minutes
     return Runtime(rank, world, device)
 
 
@@ -632,9 +626,7 @@ def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Writes the file `path` whole or not at all: an older file stays until the new one is on disk.
-
-    UserError, in one line with the remedy, if that fails (disk full, no such folder, no rights).
-    """
+    UserError if that fails (disk full, no such folder, no rights)."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -2017,21 +2009,16 @@ class Optimisers:
         self.small = [p for group in groups.values() for p in group]
         self.params = [*self.banks, *self.small]
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
-                 "weight_decay": getattr(cfg, decay) if decay else 0.0}
-                for (lr, decay), ps in groups.items()
-            ],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda",
-        )
+            [{"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
+              "weight_decay": getattr(cfg, decay) if decay else 0.0}
+             for (lr, decay), ps in groups.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda")
         self.reset()
 
     def reset(self) -> None:
         """Forget every moment."""
-        self.momenta = [
-            torch.zeros(share, *p.shape[1:], device=p.device)
-            for share, p in zip(self.shares, self.banks, strict=True)
-        ]
+        self.momenta = [torch.zeros(share, *p.shape[1:], device=p.device)
+                        for share, p in zip(self.shares, self.banks, strict=True)]
         self.adamw.state.clear()
 
     @torch.no_grad()
@@ -2111,12 +2098,11 @@ class Optimisers:
         updates = self.recorder(("directions",), lambda *us: [
             orthogonalise(u, cfg.muon_backend_steps) for u in us], updates)
         for update, p in zip(updates, self.banks, strict=True):
-            if self.rt.world == 1:
-                pending.append((p, update, None))
-            else:
+            full, wait = update, None
+            if self.rt.world > 1:
                 full = update.new_empty(update.shape[0] * self.rt.world, *update.shape[1:])
                 wait = dist.all_gather_into_tensor(full, update.contiguous(), async_op=True)
-                pending.append((p, full, wait))
+            pending.append((p, full, wait))
         lr = cfg.matrix_lr * lr_factor
         for p, update, wait in pending:
             if wait:
@@ -2154,20 +2140,17 @@ def open_shard(path: Path) -> np.ndarray:
     """The uint16 values of a shard, memory-mapped; UserError where the file is not what it says.
 
     Format: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16."""
-    remedy = "; prepare the data again or fetch the file again"
+    def check(holds: bool, problem: str) -> None:
+        require(holds, f"{path}: {problem}; prepare the data again or fetch the file again")
+
     size = path.stat().st_size
-    if size < SHARD_HEADER:
-        raise UserError(f"{path}: {size} bytes, shorter than a shard's header{remedy}")
+    check(size >= SHARD_HEADER, f"{size} bytes, shorter than a shard's header")
     magic, version, count = (int(x) for x in np.fromfile(path, "<i4", 3))
-    if magic != SHARD_MAGIC:
-        raise UserError(f"{path}: magic {magic}, a shard has {SHARD_MAGIC}: not a shard{remedy}")
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, known is {SHARD_VERSION}{remedy}")
-    if size != SHARD_HEADER + 2 * count:
-        raise UserError(f"{path}: header says {count} values = {SHARD_HEADER + 2 * count} bytes, "
-                        f"the file has {size}{remedy}")
-    if count == 0:
-        raise UserError(f"{path}: no tokens{remedy}")
+    check(magic == SHARD_MAGIC, f"magic {magic}, a shard has {SHARD_MAGIC}: not a shard")
+    check(version == SHARD_VERSION, f"shard version {version}, known is {SHARD_VERSION}")
+    check(size == SHARD_HEADER + 2 * count, f"header says {count} values = "
+          f"{SHARD_HEADER + 2 * count} bytes, the file has {size}")
+    check(count > 0, "no tokens")
     return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
 
 
@@ -2176,34 +2159,29 @@ class TokenStream:
 
     def __init__(self, paths: list[Path]):
         self.paths, self.shards = paths, [open_shard(p) for p in paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        *self.starts, self.size = itertools.accumulate(map(len, self.shards), initial=0)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.size
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """uint16 values [begin, end) of the sequence."""
-        first = int(np.searchsorted(self.starts, begin, "right")) - 1
-        parts = []
-        while begin < end:
-            stop = min(end, int(self.starts[first + 1]))
-            shift = int(self.starts[first])
-            parts.append(np.asarray(self.shards[first][begin - shift : stop - shift]))
-            begin, first = stop, first + 1
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        parts = [shard[max(0, begin - start) : max(0, end - start)]
+                 for start, shard in zip(self.starts, self.shards, strict=True)]
+        return np.concatenate(parts)
 
     def place(self, index: int) -> str:
         """File and position of a value, for messages."""
-        shard = int(np.searchsorted(self.starts, index, "right")) - 1
-        return f"{self.paths[shard]}: token {index - int(self.starts[shard])}"
+        start, path = max(p for p in zip(self.starts, self.paths, strict=True) if p[0] <= index)
+        return f"{path}: token {index - start}"
 
     def checked_ids(self, begin: int, end: int, vocab_size: int) -> np.ndarray:
         """Token ids [begin, end) as int64; UserError for one outside the vocabulary."""
         ids = self.read(begin, end)
         if ids.size and ids.max() >= vocab_size:
-            at = begin + int(np.argmax(ids >= vocab_size))
-            raise UserError(f"{self.place(at)}: id {self.read(at, at + 1)[0]} is outside the "
-                            f"vocabulary of {vocab_size}; set VOCAB_SIZE to the tokenizer's size")
+            at = int(np.argmax(ids >= vocab_size))
+            raise UserError(f"{self.place(begin + at)}: id {ids[at]} is outside the vocabulary of "
+                            f"{vocab_size}; set VOCAB_SIZE to the tokenizer's size")
         return ids.astype(np.int64)
 
 
@@ -2243,9 +2221,8 @@ class TrainRows:
         self.stream, self.cfg, self.rt = stream, cfg, rt
         self.length = cfg.train_batch_tokens // 8
         self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
-        if self.count < 1:
-            raise UserError(f"{stream.paths[0].parent}: {len(stream)} training tokens, less than "
-                            f"a row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
+        require(self.count, f"{stream.paths[0].parent}: {len(stream)} training tokens, less than a "
+                f"row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
 
     def row(self, g: int) -> Row:
         begin = g % self.count * self.length
@@ -2260,33 +2237,14 @@ class TrainRows:
 
 def prefetch(make: Callable[[int], Any], first: int, depth: int = 2) -> Iterator[Any]:
     """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead."""
-    slots: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def work() -> None:
-        index = first
-        while not stop.is_set():
-            try:
-                item = make(index)
-            except Exception as error:  # noqa: BLE001 - handed over, raised by the consumer
-                item = error
-            while not stop.is_set():
-                try:
-                    slots.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            index += 1
-
-    threading.Thread(target=work, daemon=True).start()
+    pool = ThreadPoolExecutor(1)
+    ahead = [pool.submit(make, first + k) for k in range(depth)]
     try:
-        while True:
-            item = slots.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        for index in itertools.count(first + depth):
+            ahead.append(pool.submit(make, index))
+            yield ahead.pop(0).result()
     finally:
-        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def data_folder(cfg: Config) -> Path:
@@ -2301,21 +2259,21 @@ def data_folder(cfg: Config) -> Path:
     return next((f for f in folders if f.is_dir()), folders[0])
 
 
-def shard_paths(folder: Path, pattern: str) -> list[Path]:
-    """Sorted shards; the val glob would also match the byte sidecars, which are left out."""
+def load_split(cfg: Config, split: str) -> TokenStream:
+    """The shards of train or val in order; byte sidecars, alike in name, are left out."""
+    folder, pattern = data_folder(cfg), f"fineweb_{split}_*.bin"
     found = sorted(p for p in folder.glob(pattern) if "_bytes_" not in p.name)
-    if not found:
-        raise UserError(f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
-                        "prepare_caseops_data.py (see README.md)")
-    return found
+    require(found, f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
+            "prepare_caseops_data.py (see README.md)")
+    stream = TokenStream(found)
+    first = stream.read(0, 1)[0]
+    require(first == BOS,
+            f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
+    return stream
 
 
 def load_train(cfg: Config, rt: Runtime) -> TrainRows:
-    stream = TokenStream(shard_paths(data_folder(cfg), "fineweb_train_*.bin"))
-    first = stream.read(0, 1)[0]
-    if first != BOS:
-        raise UserError(f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
-    return TrainRows(stream, cfg, rt)
+    return TrainRows(load_split(cfg, "train"), cfg, rt)
 
 
 def check_data(cfg: Config) -> str:
@@ -2359,26 +2317,25 @@ def check_data(cfg: Config) -> str:
 
 def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
     """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash that is `told`."""
-    if told.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise UserError(f"{manifest}: made with a vocabulary of {told['vocab_size']}, but "
-                        f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={told['vocab_size']}")
+    size = told.get("vocab_size", cfg.vocab_size)
+    require(size == cfg.vocab_size, f"{manifest}: made with a vocabulary of {size}, but "
+            f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={size}")
     if not cfg.tokenizer_path:
         return
     path = Path(cfg.tokenizer_path)
-    if not path.is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
+    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
     from sentencepiece import SentencePieceProcessor
 
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (RuntimeError, OSError):
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; correct it") from None
-    if size != cfg.vocab_size:
-        raise UserError(f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
+    require(size == cfg.vocab_size,
+            f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if told.get("sha256", digest) != digest:
-        raise UserError(f"{path}: not the tokenizer that made {manifest.parent}: its sha256 "
-                        f"is {digest[:16]}..., the manifest says {told['sha256'][:16]}...")
+    want = told.get("sha256", digest)
+    require(want == digest, f"{path}: not the tokenizer that made {manifest.parent}: its sha256 is "
+            f"{digest[:16]}..., the manifest says {want[:16]}...")
 
 
 # ==================================================================================================
@@ -3151,7 +3108,7 @@ def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, cod
     for span in itertools.pairwise([e for e in edges if e < R] + [R]):
         at, x = _ans_rows(cube, span, tuple(map(float, setting)), trellis_bits(states), least,
                           energy, state, table, totals, coef, seen, codes, words, at, x)
-        _require(at >= 0, "ans: the words end before the integers")
+        require(at >= 0, "ans: the words end before the integers")
         if side and span[1] < R:
             new = seen[span[0]:span[1]]
             cov = cov + new.T @ new
@@ -3187,23 +3144,18 @@ def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> by
     """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
     M, (R, C) = len(shapes), shapes[0]
     index, states, least, span, x = ANS_HEAD.unpack_from(stored)
-    _require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
+    require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
              and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
              "ans: sizes, setting or states do not agree")
     cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
     words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size).astype(np.uint16)
     at, x = _ans_walk(cube, index, states, least, span + 1, np.zeros(0, np.uint32), words, x)
-    _require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
+    require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
     return cube.tobytes()
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise UserError(problem)
 
 
 def _nearest_walk(matrix: np.ndarray) -> np.ndarray:
@@ -3240,14 +3192,14 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]],
 def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
     """The arrays of one directory row; UserError (or another) if anything does not agree."""
     group, codec, _, _, size, digest, pieces = row
-    _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
+    require(_digest(stored) == digest, f"stream {group!r}: hash differs")
     raw = CODECS[codec][1](stored, size, [piece[3] for piece in pieces])
     arrays, order = {}, None
-    _require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
+    require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
     for name, kind, dtype, shape, start, length, digest in pieces:
         at, data = f"piece {name!r}", raw[start:start + length]
-        _require(len(data) == length, f"{at}: range outside its stream")
-        _require(_digest(data) == digest, f"{at}: hash differs")
+        require(len(data) == length, f"{at}: range outside its stream")
+        require(_digest(data) == digest, f"{at}: hash differs")
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
         array = array.reshape(shape[::-1]).T if kind in ("transposed", "walked") else array
         if kind == "order":
@@ -3270,7 +3222,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
     states = int(tensors["trellis"][0]) if "trellis" in tensors else 1
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
         role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
-        _require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
+        require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
                  array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
         first = next(iter(groups.get(role, {}).values()), array)
         if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape):
@@ -3302,34 +3254,34 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     """(meta, [(stream's row, stored bytes)]): what the rows say about sizes agrees with itself."""
     check_compressor("brotli", packages=("brotli",))
-    _require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
-    _require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
+    require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
+    require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
     _, version, packed, raw, total, digest = HEADER.unpack_from(blob)
-    _require(version == FORMAT_VERSION, f"format {version}; this program reads {FORMAT_VERSION}")
-    _require(total == len(blob), f"truncated: header says {total} bytes, the file has {len(blob)}")
+    require(version == FORMAT_VERSION, f"format {version}; this program reads {FORMAT_VERSION}")
+    require(total == len(blob), f"truncated: header says {total} bytes, the file has {len(blob)}")
     end = base = HEADER.size + packed
-    _require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
+    require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
     sizes = [row[4] for row in rows]
-    _require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
+    require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
              "declares more bytes than are allowed")
     for group, codec, start, stored, size, _, pieces in rows:
-        _require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
-        _require(start == end - base and 0 <= stored <= total - end,
+        require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
+        require(start == end - base and 0 <= stored <= total - end,
                  f"stream {group!r}: range outside the file, or not where the one before ends")
         end += stored
         for name, kind, dtype, shape, _, length, _ in pieces:
-            _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
+            require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
                      f"piece {name!r}: unknown {kind=}, {dtype=}")
-            _require(all(type(n) is int and n >= 0 for n in shape) and
+            require(all(type(n) is int and n >= 0 for n in shape) and
                      length == math.prod(shape) * np.dtype(dtype).itemsize,
                      f"piece {name!r}: shape and size do not agree")
-        _require(sum(piece[5] for piece in pieces) == size,
+        require(sum(piece[5] for piece in pieces) == size,
                  f"stream {group!r}: pieces of other size")
-    _require(end == total, "bytes at the end that belong to no stream")
+    require(end == total, "bytes at the end that belong to no stream")
     names = [piece[0] for row in rows for piece in row[6]]
-    _require(len(set(names)) == len(names), "two pieces have the same name")
-    _require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
+    require(len(set(names)) == len(names), "two pieces have the same name")
+    require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
 
 
@@ -3344,7 +3296,7 @@ def decode_artifact(blob: bytes, source: str,
         pieces = [piece for row, _ in streams for piece in row[6]]
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
-            _require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
+            require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
@@ -3405,12 +3357,12 @@ class ValSet(NamedTuple):
 
 def read_pieces(cfg: Config) -> list[str]:
     """The V pieces of the tokenizer at TOKENIZER_PATH, by id; control pieces in <>."""
-    import sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
-    if not Path(cfg.tokenizer_path).is_file():
-        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; these settings need "
-                        "the tokenizer's pieces: set it to the data's SentencePiece model")
-    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    require(Path(cfg.tokenizer_path).is_file(),
+            f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; these settings need the "
+            "tokenizer's pieces: set it to the data's SentencePiece model")
+    sp = SentencePieceProcessor(model_file=cfg.tokenizer_path)
     return [f"<{i}>" if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
 
@@ -3429,31 +3381,24 @@ def piece_bytes(ids: np.ndarray, pieces: list[str]) -> np.ndarray:
 
 def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
-    folder = data_folder(cfg)
-    stream, sides = TokenStream(shard_paths(folder, "fineweb_val_*.bin")), []
+    stream, sides = load_split(cfg, "val"), []
     ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     for path, shard in zip(stream.paths, stream.shards, strict=True):
         side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
         if not side.is_file() and not cfg.caseops_enabled and cfg.tokenizer_path:
             sides.append(piece_bytes(np.asarray(shard), read_pieces(cfg)))
             continue
-        if not side.is_file():
-            raise UserError(f"{side}: the byte sidecar of {path.name} is missing; without it there "
-                            "is no BPB: prepare the data again")
+        require(side.is_file(), f"{side}: the byte sidecar of {path.name} is missing; without it "
+                "there is no BPB: prepare the data again")
         sizes = open_shard(side)
-        if len(sizes) != len(shard):
-            raise UserError(f"{side}: {len(sizes)} byte counts for the {len(shard)} tokens of "
-                            f"{path.name}; prepare both again, together")
+        require(len(sizes) == len(shard), f"{side}: {len(sizes)} byte counts for the {len(shard)} "
+                f"tokens of {path.name}; prepare both again, together")
         sides.append(sizes)
-        wrong = np.flatnonzero((shard == BOS) & (sizes != 0))
-        if wrong.size:
-            raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
-                            f"of {path.name}; prepare both again, together")
-    if ids[0] != BOS:
-        raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
-    if len(ids) < cfg.eval_seq_len + 1:
-        raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
-                        f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
+        wrong = next(iter(np.flatnonzero((shard == BOS) & (sizes != 0))), None)
+        require(wrong is None, f"{side}: position {wrong} counts bytes for a BOS: not the sidecar "
+                f"of {path.name}; prepare both again, together")
+    require(len(ids) > cfg.eval_seq_len, f"{data_folder(cfg)}: {len(ids)} validation tokens, less "
+            f"than one sequence of EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
     tail = 0 if cfg.eval_include_tail else (len(ids) - 1) % cfg.eval_seq_len
     kept = slice(len(ids) - tail)
     return ValSet(ids[kept], np.concatenate(sides)[kept].astype(np.int32))
@@ -3463,10 +3408,9 @@ class Meter:
     """The one place where losses become val_loss and val_bpb: float64 sums on the device."""
 
     def __init__(self, rt: Runtime):
-        self.rt = rt
-        kind = torch.float64
-        self.nats, self.tokens, self.bytes = torch.zeros(3, dtype=kind, device=rt.device).unbind()
-        self.lengths = torch.zeros(32, 3, dtype=kind, device=rt.device)  # the sums by `file_under`
+        self.rt, kind = rt, {"dtype": torch.float64, "device": rt.device}
+        self.nats, self.tokens, self.bytes = torch.zeros(3, **kind).unbind()
+        self.lengths = torch.zeros(32, 3, **kind)  # the sums by `file_under`
 
     def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
         """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
@@ -3506,9 +3450,7 @@ def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
         fill = (0, length - (end - begin) if rt.device.type == "cuda" else 0)
-        ids, targets = (
-            np.pad(val.ids[begin + k : end + k], fill) for k in (0, 1)
-        )
+        ids, targets = (np.pad(val.ids[begin + k : end + k], fill) for k in (0, 1))
         sizes = torch.from_numpy(np.pad(val.bytes[begin + 1 : end + 1], fill)).to(rt.device)
         row = make_row(ids, targets, cfg.eval_seq_len, rt.device)
         mask = torch.arange(len(ids), device=rt.device) < end - begin
