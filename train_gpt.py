@@ -3532,37 +3532,6 @@ def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.devi
     return rows
 
 
-def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
-                 device: torch.device) -> Iterator[Window]:
-    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
-
-    Batches rise in length, so the documents that reach the chunk are the last ones."""
-    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
-    step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
-    rows = running_rows(np.array([doc.targets for doc in batch]), chunk, cfg, device)
-    for row in range(len(batch) - rows, len(batch), step):
-        docs = batch[row : row + step]
-        ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
-        starts = [max(0, end - most) for end in ends]
-        width = max(end - start for start, end in zip(starts, ends, strict=True))
-        width = min(-(-width // unit) * unit, most)
-        ids = np.zeros((len(docs), width), np.int64)
-        at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
-        for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
-            begin, n = doc.begin + chunk * C, max(0, end - chunk * C)
-            ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-            at[b, :n] = np.arange(end - start - n, end - start)
-            targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
-            sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
-            mask[b, :n] = 1
-        trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
-        first = np.array([doc.begin + chunk * C for doc in docs])
-        arrays = (ids, at, targets, sizes, mask.astype(bool), trains, first)
-        *tensors, first = (upload(x, device) for x in arrays)
-        where = slice(row, row + len(docs))
-        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()), first)
-
-
 def for_batch(batch: list[Document], cfg: Config) -> Config:
     """The settings of a batch: the chunk goes by its longest document. idea: #2014"""
     fits = (int(chunk) for longest, chunk in cfg.short_chunks if batch[-1].targets <= longest)
@@ -3575,10 +3544,14 @@ def upload(x: np.ndarray, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
-                device: torch.device) -> Iterator[Window]:
-    """The same chunks for an adapter that runs every token once: one window each, in turn."""
-    C, unit = cfg.ttt_chunk_size, max(cfg.ttt_chunk_size, shape_step(cfg, device))
+def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.device,
+                 ring: int | None = None) -> Iterator[list[Window]]:
+    """For every chunk its windows: targets [chunk*C, (chunk+1)*C) of the documents that reach it,
+    which are the last ones of a batch.
+
+    One window with the chunk alone for an adapter that keeps `ring` tokens in Past; else each has
+    up to TTT_EVAL_SEQ_LEN tokens a document and about WINDOW_TOKENS in all."""
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     counts = np.array([doc.targets for doc in batch])
     chunks = -(-int(counts[-1]) // C)
     text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
@@ -3589,12 +3562,24 @@ def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
     begins = upload(np.array([doc.begin for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
-        at = chunk * C
-        rows = slice(len(batch) - running_rows(counts, chunk, cfg, device), len(batch))
-        new, late = slice(at + 2, at + C + 2), left[rows] - at
-        yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
-                     sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
-                     int((counts - at).clip(0, C).sum()), begins[rows] + at, -(-at // unit) * unit)
+        at, windows = chunk * C, []
+        step = max(1, WINDOW_TOKENS // min(at + C, most)) if ring is None else len(batch)
+        for row in range(len(batch) - running_rows(counts, chunk, cfg, device), len(batch), step):
+            rows = slice(row, min(row + step, len(batch)))
+            new, late, targets = slice(at + 2, at + C + 2), left[rows] - at, counts[rows] - at
+            seen, where = ids[rows, at : at + C + 1], numbers[chunk]
+            if ring is None:
+                end = left[rows, :1].clamp(max=at + C)
+                start = (end - most).clamp(min=0)
+                width = -(-min(int(counts[rows].max()), at + C) // unit) * unit
+                read = start + torch.arange(min(width, most), device=device)
+                seen = ids[rows].gather(1, (read + 1).clamp(max=chunks * C + 1)) * (read < end)
+                where = (at - start + torch.arange(C, device=device)) * (late > 0)
+            windows.append(Window(
+                rows, seen, where, ids[rows, new], sizes[rows, new], late > 0,
+                (late[:, 0] > C).float(), bool((targets > C).any()), int(targets.clip(0, C).sum()),
+                begins[rows] + at, min(ring or 0, -(-at // unit) * unit)))
+        yield windows
 
 
 class Scored:
@@ -3610,6 +3595,8 @@ class Adapter:
 
     `rules` (§13) may put other losses into the score; what is learnt from are the model's."""
 
+    ring = None  # tokens that are kept of earlier chunks
+
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
                  rules: Any = None):
         self.forward, self.cfg, self.rt, self.rules = forward, cfg, rt, rules
@@ -3619,8 +3606,7 @@ class Adapter:
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr * cfg.ttt_local_lr_mult,
             betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=rt.device.type == "cuda", capturable=rt.device.type == "cuda",
-        )
+            fused=rt.device.type == "cuda", capturable=rt.device.type == "cuda")
 
     def reset(self, anew: bool = False) -> None:
         """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says unless all
@@ -3656,9 +3642,7 @@ class Adapter:
 
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
         """For every chunk of a batch its windows, usually one."""
-        cfg = for_batch(batch, self.cfg)
-        for chunk in range(-(-batch[-1].targets // cfg.ttt_chunk_size)):
-            yield list(plan_windows(batch, chunk, val, cfg, self.rt.device))
+        return plan_windows(batch, val, for_batch(batch, self.cfg), self.rt.device, self.ring)
 
     def run(self, windows: list[Window], meter: Meter) -> None:
         """A chunk: every window scored, then learnt from; then one step."""
@@ -3676,11 +3660,10 @@ class Adapter:
             self.run(windows, meter)
             return
         tensors = {n: x for n, x in window._asdict().items() if isinstance(x, Tensor)}
-        self.recorder(
-            (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
-             window.reach),
-            lambda *xs: self.run([window._replace(**dict(zip(tensors, xs, strict=True)))], meter),
-            list(tensors.values()))
+        key = (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
+               window.reach)
+        self.recorder(key, lambda *xs: self.run(
+            [window._replace(**dict(zip(tensors, xs, strict=True)))], meter), [*tensors.values()])
 
 
 class Streamed(Adapter):
@@ -3692,11 +3675,7 @@ class Streamed(Adapter):
                  rules: Any = None):
         super().__init__(forward, cfg, rt, batch, init, rules)
         self.past = Past(cfg, batch, rt.device, rt.dtype)
-
-    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
-        """One window a chunk; far into a document all of the ring is looked at."""
-        for window in plan_stream(batch, val, self.cfg, self.rt.device):
-            yield [window._replace(reach=min(window.reach, self.past.ring))]
+        self.ring = self.past.ring  # far into a document all of it is looked at
 
     def losses(self, window: Window) -> Tensor:
         """Of the chunk alone, which sees the chunks before it."""
@@ -3832,8 +3811,7 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
         optimiser.param_groups[0]["lr"] = lr
         optimiser.step()
         steps += 1
-    for p in params:
-        p.grad = None
+    optimiser.zero_grad()
     return steps
 
 
@@ -3857,9 +3835,9 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
     kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
     begin = kept.at if kept else (0, 0)  # (round, batch of this rank) at which a killed run goes on
+    if kept and kept.warm:
+        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
     if kept:
-        if kept.warm:
-            adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
         kept.restore(adapter)
     del boundaries[: begin[0]]
     for r, hands in list(enumerate(rounds))[begin[0]:]:
@@ -3869,12 +3847,11 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
             if kept:
                 kept.save((r, k), adapter)
             batch = batches[number]
-            if adapter is None or len(batch) != cfg.ttt_batch_size:
-                used = make(model, cfg, rt, len(batch), init, rules)
-                adapter = used if len(batch) == cfg.ttt_batch_size else adapter
-            else:
-                used = adapter
-                used.reset()
+            whole = len(batch) == cfg.ttt_batch_size
+            if whole and adapter:
+                adapter.reset()
+            used = whole and adapter or make(model, cfg, rt, len(batch), init, rules)
+            adapter = used if whole else adapter
             with frozen(model):
                 score_batch(used, batch, val, meter, advance)
             meter.file_under(batch[-1].targets)
@@ -3898,14 +3875,12 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
     The rules' tables are built while the artifact is scored plainly."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
+    require(path.is_file(), f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
 
     def check(made: dict, pieces: dict) -> None:
         for name, value in cfg.architecture().items():
-            if made.get(name) != value:
-                raise UserError(f"made with {name.upper()}={made.get(name)}, the settings say "
-                                f"{value}; use the settings it was made with")
+            require(made.get(name) == value, f"made with {name.upper()}={made.get(name)}, the "
+                    f"settings say {value}; use the settings it was made with")
         check_pieces(pieces, model)
 
     blob = path.read_bytes()
