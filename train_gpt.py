@@ -1551,18 +1551,14 @@ class Matrix(NamedTuple):
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
     """All matrices that GPTQ quantises: six a layer and the embedding (67 for 11 layers)."""
     n = cfg.num_layers
-    found = [Matrix("tok_emb.weight", "embedding", "tok_emb.weight", None, "head")]
-    for i in range(n):
-        for name, role, bank, index, source in (
-            ("attn.c_q", "query", "qo_bank", i, "attn"),
-            ("attn.c_k", "key", "kv_bank", i, "attn"),
-            ("attn.c_v", "value", "kv_bank", n + i, "attn"),
-            ("attn.proj", "attn_out", "qo_bank", n + i, "attn_out"),
-            ("mlp.fc", "mlp_up", "mlp_up_bank", i, "mlp"),
-            ("mlp.proj", "mlp_down", "mlp_down_bank", i, "mlp_hidden"),
-        ):
-            found.append(Matrix(f"blocks.{i}.{name}.weight", role, bank, index, f"{source}.{i}"))
-    return tuple(found)
+    layer = (("attn.c_q", "query", "qo_bank", 0, "attn"), ("attn.c_k", "key", "kv_bank", 0, "attn"),
+             ("attn.c_v", "value", "kv_bank", n, "attn"),
+             ("attn.proj", "attn_out", "qo_bank", n, "attn_out"),
+             ("mlp.fc", "mlp_up", "mlp_up_bank", 0, "mlp"),
+             ("mlp.proj", "mlp_down", "mlp_down_bank", 0, "mlp_hidden"))
+    return (Matrix("tok_emb.weight", "embedding", "tok_emb.weight", None, "head"),
+            *(Matrix(f"blocks.{i}.{name}.weight", role, bank, first + i, f"{source}.{i}")
+              for i in range(n) for name, role, bank, first, source in layer))
 
 
 def paired(w: Tensor, cfg: Config) -> Tensor:
@@ -1604,9 +1600,8 @@ class GPT(nn.Module):
     Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
     document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
     before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
-    #1855's: matrices in banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden], all stored
-    [out, in]; masters are float32 and are cast once a forward to `dtype`.
-    """
+    #1855's: banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden] of float32 matrices
+    [out, in], which are cast once a forward to `dtype`."""
 
     def __init__(self, cfg: Config, attend: Callable, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1661,17 +1656,9 @@ class GPT(nn.Module):
         if self.cfg.smear_gate_enabled:
             self.smear_gate.weight.zero_()
 
-    def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        segments: "Segments | None",
-        looped: bool,
-        lora: "Lora | None" = None,
-        at: Tensor | None = None,
-        past: "Past | None" = None,
-        read: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, segments: "Segments | None", looped: bool,
+                lora: "Lora | None" = None, at: Tensor | None = None, past: "Past | None" = None,
+                read: Callable[[Tensor], None] | None = None) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
         With `at` [B, C] (positions) only those targets are scored: targets and result [B, C].
@@ -1705,15 +1692,9 @@ class GPT(nn.Module):
         """Logits as the loss sees them: h [B, T, d] -> float32 [B, T, V]."""
         return softcap(self.head(h, lora), self.cap())
 
-    def hidden(
-        self,
-        ids: Tensor,
-        segments: "Segments | None",
-        looped: bool,
-        lora: "Lora | None" = None,
-        observe: Callable[[str, Tensor], None] | None = None,
-        past: "Past | None" = None,
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, segments: "Segments | None", looped: bool,
+               lora: "Lora | None" = None, observe: Callable[[str, Tensor], None] | None = None,
+               past: "Past | None" = None) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, weights, skips = self.cfg, self.weights(), self.skip_parameters()
         rope = (self.rope[:, : ids.shape[1]] if past is None else past.rope).to(self.dtype)
@@ -1785,9 +1766,8 @@ class GPT(nn.Module):
                   post: Tensor) -> tuple[Tensor, ...]:
         """Both lanes after attention y and MLP m: keep [lane], post [attention or MLP, lane]."""
         keep, post = keep.to(a.dtype), post.to(a.dtype)
-        return tuple(
-            keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
-        )
+        return tuple(keep[lane] * x + post[0, lane] * y + post[1, lane] * m
+                     for lane, x in enumerate((a, b)))
 
     def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: Tensor,
                   segments: "Segments | Past", lora: "Lora | None",
@@ -1833,10 +1813,8 @@ class GPT(nn.Module):
 
 def rotary_table(cfg: Config) -> Tensor:
     """The rotation of every position that a packed row or a window can have."""
-    longest = max(
-        cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
-        cfg.global_ttt_batch_seqs * cfg.eval_seq_len,
-    )
+    longest = max(cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
+                  cfg.global_ttt_batch_seqs * cfg.eval_seq_len)
     return rotation(torch.arange(longest), cfg)
 
 
@@ -2392,10 +2370,9 @@ def grid_for(role: str, cfg: Config) -> Grid:
     """Bits and clipping range by the role of a matrix."""
     if role == "embedding":
         return Grid(cfg.embed_bits, cfg.embed_clip_sigmas)
-    sigmas = {
-        **dict.fromkeys(("query", "key", "value", "attn_out"), cfg.attn_clip_sigmas),
-        **dict.fromkeys(("mlp_up", "mlp_down"), cfg.mlp_clip_sigmas),
-    }
+    attn, mlp = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas
+    sigmas = {"query": attn, "key": attn, "value": attn, "attn_out": attn,
+              "mlp_up": mlp, "mlp_down": mlp}
     return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
 
 
@@ -2442,17 +2419,14 @@ class Factor(NamedTuple):
 def factorise(H: Tensor, damp: float = 0.01) -> Factor:
     """H [cols, cols], damped by `damp` times its mean diagonal; UserError if it is not finite."""
     H = H.float().clone()
-    if not torch.isfinite(H).all():
-        raise UserError("calibration gave a Hessian that is not finite; train longer or lower the "
-                        "learning rates")
+    require(torch.isfinite(H).all(), "calibration gave a Hessian that is not finite; train longer "
+            "or lower the learning rates")
     dead = H.diagonal() == 0  # an input that is always zero: its weight does not matter
     H.diagonal()[dead] = 1
     H.diagonal().add_(damp * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
-    U = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True
-    )
-    return Factor(dead, order, U)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
+    return Factor(dead, order, torch.linalg.cholesky(inverse, upper=True))
 
 
 @torch.no_grad()
@@ -2629,10 +2603,11 @@ def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
     return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
-def encode_rows(W: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows with the scale max|row|/127 in float16: W [rows, cols] -> q, s [rows]."""
-    s = (W.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24)
-    return (W / s.float()[:, None]).round().clamp(-127, 127).to(torch.int8), s
+def encode_rows(W: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """W [rows, cols] -> q int8 in +-top, top = 2^(bits-1) - 1, s = max|row|/top float16 [rows]."""
+    top = 2 ** (bits - 1) - 1
+    s = (W.float().abs().amax(dim=1) / top).half().clamp_min(2.0**-24)
+    return (W / s.float()[:, None]).round().clamp(-top, top).to(torch.int8), s
 
 
 def encode_group(x: Tensor, low: int, high: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2666,21 +2641,13 @@ def encode_lqer(E: Tensor, cfg: Config) -> dict[str, Tensor]:
         a, sa = encode_group(A, -2, 1, A.numel())
         b, sb = encode_group(B, -8, 7, min(cfg.lqer_asym_group, B.numel()))
     else:
-        (a, sa), (b, sb) = (encode_symmetric(x, cfg.lqer_factor_bits) for x in (A, B))
+        (a, sa), (b, sb) = (encode_rows(x, cfg.lqer_factor_bits) for x in (A, B))
     return {"lqer_a": a, "lqer_sa": sa, "lqer_b": b, "lqer_sb": sb}
 
 
-def encode_symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Integers in +-(2^(bits-1) - 1) with the float16 scale max|row|/top for each row."""
-    top = 2 ** (bits - 1) - 1
-    s = (x.abs().amax(dim=1) / top).half().clamp_min(2.0**-24)
-    return (x / s.float()[:, None]).round().clamp(-top, top).to(torch.int8), s
-
-
 def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
-    return decode_group(piece["lqer_a"], piece["lqer_sa"]) @ decode_group(
-        piece["lqer_b"], piece["lqer_sb"]
-    )
+    a, sa, b, sb = (piece[f"lqer_{part}"] for part in ("a", "sa", "b", "sb"))
+    return decode_group(a, sa) @ decode_group(b, sb)
 
 
 def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapping[str, Tensor],
@@ -2852,22 +2819,19 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
     left, remedy = dict(pieces), "it is of another model: use the settings it was made with"
 
     def take(name: str, dtype: str, *want: int) -> None:
-        if name not in left:
-            raise UserError(f"artifact: no piece {name}; {remedy}")
-        have = left.pop(name)
-        if (have[0], *have[1]) != (dtype, *want):
-            raise UserError(f"artifact: {name} is {have[0]} {list(have[1])}, not {dtype} "
-                            f"{list(want)}; {remedy}")
+        require(name in left, f"artifact: no piece {name}; {remedy}")
+        have, shape = left.pop(name)
+        require((have, *shape) == (dtype, *want),
+                f"artifact: {name} is {have} {list(shape)}, not {dtype} {list(want)}; {remedy}")
 
-    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    shapes |= {m.name: shapes[m.bank][-2:] for m in matrices(model.cfg)}
-    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
+    whole = {name: list(p.shape) for name, p in model.state_dict().items()}
+    shapes = {m.name: whole[m.bank][-2:] for m in matrices(model.cfg)}
+    shapes |= {name: whole[name] for name in whole.keys() - {m.bank for m in matrices(model.cfg)}}
     if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
     for name, shape in shapes.items():
         if f"{name}.q" not in left:
-            if name not in stacked:
-                take(name, "float16", *shape)
+            take(name, "float16", *shape)
             continue
         take(f"{name}.q", "int8", *shape)
         take(f"{name}.s", "float16", shape[0])
@@ -2885,16 +2849,15 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
             for part, most in (("sa", shape[0] * rank), ("sb", shape[1] * rank)):
                 count = math.prod(left.get(f"{name}.lqer_{part}", ("", [1]))[1])
                 take(f"{name}.lqer_{part}", "float16", max(1, min(count, most)))
-    if left:
-        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+    require(not left, f"artifact: a piece {min(left, default='')} that this model lacks; {remedy}")
 
 
 @torch.no_grad()
 def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
     check_pieces({n: (str(x.dtype)[6:], x.shape) for n, x in tensors.items()}, model)
-    if "trellis" in tensors and int(tensors["trellis"]) not in TRELLISES:
-        raise UserError("artifact: the piece trellis holds no known number of states")
+    require("trellis" not in tensors or int(tensors["trellis"]) in TRELLISES,
+            "artifact: the piece trellis holds no known number of states")
 
     def weight(name: str) -> Tensor:
         if name in tensors:
@@ -2903,11 +2866,11 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
         corrected = f"{name}.lqer_a" in tensors
         return W + decode_lqer({k: tensors[f"{name}.{k}"] for k in parts}) if corrected else W
 
-    state, stacked = {}, {m.bank for m in matrices(model.cfg) if m.index is not None}
-    for name in model.state_dict():
-        rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name in stacked)
-        state[name] = torch.stack([weight(n) for _, n in rows]) if rows else weight(name)
-    return state
+    banks = {}
+    for m in sorted(matrices(model.cfg), key=lambda m: m.index or 0):
+        banks.setdefault(m.bank, []).append(weight(m.name))
+    return {name: weight(name) if name not in banks else torch.stack(banks[name]).view_as(p)
+            for name, p in model.state_dict().items()}
 
 
 # ==================================================================================================
