@@ -27,7 +27,6 @@ import functools
 import gc
 import hashlib
 import heapq
-import importlib
 import importlib.util
 import inspect
 import io
@@ -89,10 +88,8 @@ ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once; its environment variable is the name in capitals.
-
-    Defaults are those of #1855's headline run, but for quantiser, coder, a measured reserve and
-    streamed test-time training."""
+    """Every setting, once; its environment variable is the name in capitals. Defaults are those of
+    #1855's headline run, but for quantiser, coder, reserve and streamed test-time training."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -268,10 +265,8 @@ class Config:
 
     @staticmethod
     def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
-        """Settings from a mapping such as os.environ, over those of presets/PRESET.env, over BAKED.
-
-        Raises UserError for an unknown name, a value that is unreadable or out of range, or values
-        that contradict each other."""
+        """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED. UserError
+        for names that are unknown, values unreadable or out of range, and contradictions."""
         given = {name: (text, f"this program: {name}") for name, text in BAKED.items()}
         if environ.get("PRESET"):
             given.update(read_preset(environ["PRESET"], folder))
@@ -289,7 +284,7 @@ class Config:
 
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
-        loops, wall = self.num_loops, self.max_wallclock_seconds
+        loops, lanes, wall = self.num_loops, self.parallel_start_layer, self.max_wallclock_seconds
         stages = self.pairs("train_seq_schedule", "@")
         chunks = (self.ttt_chunk_size, *(int(c) for _, c in self.short_chunks))
         rules = (
@@ -302,10 +297,9 @@ class Config:
             (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
             (not loops or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
-            (not (loops and self.parallel_start_layer) or self.loop_end < self.parallel_start_layer,
+            (not (loops and lanes) or self.loop_end < lanes,
              "LOOP_END must be below PARALLEL_START_LAYER: two lanes do not join again"),
-            (self.parallel_start_layer < self.num_layers,
-             "PARALLEL_START_LAYER must be below NUM_LAYERS"),
+            (lanes < self.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
             (self.val_batch_tokens % 8 == 0, "VAL_BATCH_TOKENS must be a multiple of 8"),
             (min(chunks) > 0 and max(chunks) <= self.ttt_eval_seq_len,
@@ -330,8 +324,7 @@ class Config:
              "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
-            (self.ngram_buckets & (self.ngram_buckets - 1) == 0,
-             "NGRAM_BUCKETS must be a power of 2"),
+            (self.ngram_buckets.bit_count() == 1, "NGRAM_BUCKETS must be a power of 2"),
             (not (self.slot_enabled and self.ttt_stream), "SLOT_ENABLED=1 needs TTT_STREAM=0"),
             (self.quantiser == "uniform" or not self.awq_lite_enabled,
              "AWQ_LITE_ENABLED=1 needs QUANTISER=uniform"),
@@ -424,6 +417,9 @@ PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES |= {"MTP", "SWA", "QUANTIZER"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
+# Where a run writes, and how it is watched: no part of its configuration.
+NOT_OF_A_RUN = frozenset(
+    {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"})
 
 
 def is_ours(name: str) -> bool:
@@ -1570,6 +1566,11 @@ def paired(w: Tensor, cfg: Config) -> Tensor:
     return torch.cat((turned, rest), dim=-2).flatten(-3, -2)
 
 
+def pick(h: Tensor, at: Tensor) -> Tensor:
+    """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
+    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+
+
 class AttentionParameters(nn.Module):
     """The small tensors of one attention layer; its matrices live in the banks."""
 
@@ -1626,7 +1627,9 @@ class GPT(nn.Module):
         if cfg.asym_logit_rescale:
             self.softcap_pos, self.softcap_neg = (
                 nn.Parameter(torch.tensor([cfg.logit_softcap])) for _ in range(2))
-        self.register_buffer("rope", rotary_table(cfg), persistent=False)
+        longest = max(cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
+                      cfg.global_ttt_batch_seqs * cfg.eval_seq_len)  # that a row can have
+        self.register_buffer("rope", rotation(torch.arange(longest), cfg), persistent=False)
         self.reset_parameters()
 
     @contextlib.contextmanager
@@ -1667,7 +1670,7 @@ class GPT(nn.Module):
         if read:
             read(h.detach())
         if at is not None:
-            h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+            h = pick(h, at)
         cap, fused_ce = self.cap(), self.cfg.fused_ce_enabled
         if fused_ce and lora is None:
             w = self.tok_emb.weight.to(h.dtype)
@@ -1811,13 +1814,6 @@ class GPT(nn.Module):
         return y
 
 
-def rotary_table(cfg: Config) -> Tensor:
-    """The rotation of every position that a packed row or a window can have."""
-    longest = max(cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
-                  cfg.global_ttt_batch_seqs * cfg.eval_seq_len)
-    return rotation(torch.arange(longest), cfg)
-
-
 def rotation(at: Tensor, cfg: Config) -> Tensor:
     """cos and sin of position * base^(-2j/R), 1 and 0 for channels that do not turn: at [T] ->
     [2, T, D/2], float64 before rounding."""
@@ -1882,9 +1878,8 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
-
-        The b rows of x belong to the documents `self.rows` of the batch."""
+        """The delta for x [b, T, in], of the batch's documents `self.rows` -> [b, T, out], or 0 for
+        a role that is left out."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
@@ -1967,8 +1962,7 @@ class Optimisers:
     gradients arrive by reduce-scatter, their momentum lives only there, and their bfloat16 update
     leaves by all-gather, so that every rank applies the same bits. Averaging comes before the
     global norm, so the same global batch gives the same run in any world size (#1855 clips first).
-    Muon: momentum, Nesterov, unit rows, orthogonalise, decoupled decay. idea: @kellerjordan
-    """
+    Muon: momentum, Nesterov, unit rows, orthogonalise, decoupled decay. idea: @kellerjordan"""
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime):
         self.cfg, self.rt = cfg, rt
@@ -2017,14 +2011,11 @@ class Optimisers:
         return norm
 
     def square_norms(self, grads: list[Tensor]) -> list[Tensor]:
-        """Squared norms of the matrices of every bank [n], from this rank's shares of gradients.
-
-        One number a matrix, added in one order, does not depend on how the banks are shared."""
-        parts = []
-        for g in grads:
-            first = self.rt.rank * len(g)
-            parts.append(g.new_zeros(self.rt.world * len(g)))
-            parts[-1][first : first + len(g)] = torch.linalg.vector_norm(g, dim=(1, 2)).square()
+        """Squared norms of every bank's matrices [n], from this rank's shares of gradients: one
+        number a matrix, so that their sum does not depend on how the banks are shared."""
+        before, after = self.rt.rank, self.rt.world - 1 - self.rt.rank  # ranks: zeros for theirs
+        parts = [F.pad(torch.linalg.vector_norm(g, dim=(1, 2)).square(),
+                       (before * len(g), after * len(g))) for g in grads]
         found = self.rt.sum_(torch.cat(parts)).split([len(part) for part in parts])
         return [part[: len(bank)] for part, bank in zip(found, self.banks, strict=True)]
 
@@ -2337,9 +2328,8 @@ class Hessians:
 @torch.no_grad()
 def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
               batches: int = 0) -> dict[str, Tensor]:
-    """Mean Hessian a batch, by source, over GPTQ_CALIBRATION_BATCHES training batches, looped.
-
-    The batches are those that training would have seen next; #1855 keeps rank 0's share only."""
+    """Mean Hessian a batch, by source, over the GPTQ_CALIBRATION_BATCHES batches that training
+    would have seen next, looped (#1855 keeps rank 0's share only)."""
     count, hessians = batches or model.cfg.gptq_calibration_batches, Hessians()
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
@@ -2779,11 +2769,10 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     it has columns of more bits; int8 rows become NAME.q and NAME.s; everything else NAME in
     float16. by_trellis: of `quantise_trellis`, without corrections, which gain nothing there."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
-    out, errors = dict(by_trellis or {}), {}
-    weights = {} if by_trellis else {m.name: matrix_of(state, m) for m in matrices(cfg)}
-    awq = cfg.awq_lite_enabled and not by_trellis
-    protected = protected_columns(weights, hessians, cfg) if awq else {}
-    for m in () if by_trellis else matrices(cfg):
+    out, errors, found = dict(by_trellis or {}), {}, () if by_trellis else matrices(cfg)
+    weights = {m.name: matrix_of(state, m) for m in found}
+    protected = protected_columns(weights, hessians, cfg) if found and cfg.awq_lite_enabled else {}
+    for m in found:
         W, grid, starts = weights[m.name], grid_for(m.role, cfg), protected.get(m.name)
         finer, fine = grid._replace(bits=cfg.awq_lite_bits), None
         if starts is not None:
@@ -2793,9 +2782,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
                         f"{m.name}.awq_s": finer.steps(W)})
         q, s = gptq(W, hessians[m.source], grid, damp=cfg.gptq_damp_factor, fine=fine, finer=finer)
         out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
-        errors[m.name] = W - decode_gptq(q, s)
-        if fine is not None:
-            errors[m.name][:, fine] = (W - decode_gptq(q, finer.steps(W)))[:, fine]
+        errors[m.name] = W - decode_matrix(out, m.name)
     scope = {"all": "", "attn": ".attn.", "mlp": ".mlp.", "embed": "tok_emb"}[cfg.lqer_scope]
     if cfg.lqer_enabled:
         gain = {name: E.norm().item() for name, E in errors.items() if scope in name}
@@ -2826,7 +2813,8 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
 
     whole = {name: list(p.shape) for name, p in model.state_dict().items()}
     shapes = {m.name: whole[m.bank][-2:] for m in matrices(model.cfg)}
-    shapes |= {name: whole[name] for name in whole.keys() - {m.bank for m in matrices(model.cfg)}}
+    others = sorted(whole.keys() - {m.bank for m in matrices(model.cfg)})
+    shapes |= {name: whole[name] for name in others}
     if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
     for name, shape in shapes.items():
@@ -2903,14 +2891,13 @@ CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after);
 
 def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
     """UserError with the remedy if an artifact could not be written; call it before training."""
-    if name not in COMPRESSORS:
-        raise UserError(f"COMPRESSOR={name} is unknown: choose from {', '.join(COMPRESSORS)}")
+    require(name in COMPRESSORS,
+            f"COMPRESSOR={name} is unknown: choose from {', '.join(COMPRESSORS)}")
     for package in packages:
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise UserError(f"the artifact needs {package}: pip install {package}")
-    if name == "pergroup" and shutil.which("lrzip") is None:
-        raise UserError("COMPRESSOR=pergroup needs the program lrzip: apt-get install lrzip, or "
-                        "brew install lrzip, or set COMPRESSOR=ans")
+        require(importlib.util.find_spec(package.replace("-", "_")),
+                f"the artifact needs {package}: pip install {package}")
+    require(name != "pergroup" or shutil.which("lrzip"), "COMPRESSOR=pergroup needs the program "
+            "lrzip: apt-get install lrzip, or brew install lrzip, or set COMPRESSOR=ans")
 
 
 def _lrzip(data: bytes, options: str, limit: int) -> bytes:
@@ -3108,8 +3095,8 @@ def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> by
     M, (R, C) = len(shapes), shapes[0]
     index, states, least, span, x = ANS_HEAD.unpack_from(stored)
     require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
-             and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
-             "ans: sizes, setting or states do not agree")
+            and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
+            "ans: sizes, setting or states do not agree")
     cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
     words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size).astype(np.uint16)
     at, x = _ans_walk(cube, index, states, least, span + 1, np.zeros(0, np.uint32), words, x)
@@ -3179,27 +3166,23 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
     tensors: arrays or CPU torch tensors of the PIECE_DTYPES. roles: integer matrix -> one of
     ROLES; "ans" and "pergroup" compress each role by itself and the rest by brotli, the others all
-    in one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
-    """
+    in one stream. meta: what JSON holds. idea: groups by role, the walk and ZPAQ: #1855."""
     groups, best, end, codec = {"rest": {}}, {}, 0, COMPRESSORS[compressor]
     states = int(tensors["trellis"][0]) if "trellis" in tensors else 1
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
         role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
         require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
-                 array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
+                array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
         first = next(iter(groups.get(role, {}).values()), array)
         if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape):
             role = "rest"
         groups.setdefault(role, {})[name] = array
-    jobs = [("rest", codec if codec in ("brotli", "lzma") else "brotli", "plain",
-             groups.pop("rest"))]
+    jobs = [("rest", "lzma" if codec == "lzma" else "brotli", "plain", groups.pop("rest"))]
     for group, arrays in ((role, groups[role]) for role in ROLES if role in groups):
-        if codec == "ans":
-            jobs.append((group, codec, "plain", arrays))
-            continue
-        jobs.append((group, codec, "transposed", arrays))
+        jobs.append((group, codec, "plain" if codec == "ans" else "transposed", arrays))
+        most = max(map(len, arrays.values()))
         # both ways are tried: for independent weights an order costs more than it saves
-        if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:
+        if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
@@ -3227,20 +3210,20 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
     sizes = [row[4] for row in rows]
     require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
-             "declares more bytes than are allowed")
+            "declares more bytes than are allowed")
     for group, codec, start, stored, size, _, pieces in rows:
         require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
         require(start == end - base and 0 <= stored <= total - end,
-                 f"stream {group!r}: range outside the file, or not where the one before ends")
+                f"stream {group!r}: range outside the file, or not where the one before ends")
         end += stored
         for name, kind, dtype, shape, _, length, _ in pieces:
             require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
-                     f"piece {name!r}: unknown {kind=}, {dtype=}")
-            require(all(type(n) is int and n >= 0 for n in shape) and
-                     length == math.prod(shape) * np.dtype(dtype).itemsize,
-                     f"piece {name!r}: shape and size do not agree")
-        require(sum(piece[5] for piece in pieces) == size,
-                 f"stream {group!r}: pieces of other size")
+                    f"piece {name!r}: unknown {kind=}, {dtype=}")
+            whole = all(type(n) is int and n >= 0 for n in shape)
+            require(whole and length == math.prod(shape) * np.dtype(dtype).itemsize,
+                    f"piece {name!r}: shape and size do not agree")
+        total_raw = sum(piece[5] for piece in pieces)
+        require(total_raw == size, f"stream {group!r}: pieces of other size")
     require(end == total, "bytes at the end that belong to no stream")
     names = [piece[0] for row in rows for piece in row[6]]
     require(len(set(names)) == len(names), "two pieces have the same name")
@@ -3248,8 +3231,7 @@ def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
 
 
-def decode_artifact(blob: bytes, source: str,
-                    check: Callable[[dict, dict], None] = lambda meta, pieces: None,
+def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pieces: None,
                     ) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, meta) as encoded. UserError, one line that begins with `source`, for a file that is
     damaged, truncated, of another version or foreign. Nothing in the file is executed, and nothing
@@ -3322,9 +3304,6 @@ def read_pieces(cfg: Config) -> list[str]:
     """The V pieces of the tokenizer at TOKENIZER_PATH, by id; control pieces in <>."""
     from sentencepiece import SentencePieceProcessor
 
-    require(Path(cfg.tokenizer_path).is_file(),
-            f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; these settings need the "
-            "tokenizer's pieces: set it to the data's SentencePiece model")
     sp = SentencePieceProcessor(model_file=cfg.tokenizer_path)
     return [f"<{i}>" if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
@@ -3405,10 +3384,8 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
-    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens.
-
-    Row k goes to rank k mod world, so that the score does not depend on the world size. On a GPU
-    the last row is filled up with id 0, masked, to keep one shape."""
+    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens; row
+    k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
     length, meter = cfg.val_batch_tokens // 8, Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
@@ -3509,11 +3486,9 @@ def upload(x: np.ndarray, device: torch.device) -> Tensor:
 
 def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.device,
                  ring: int | None = None) -> Iterator[list[Window]]:
-    """For every chunk its windows: targets [chunk*C, (chunk+1)*C) of the documents that reach it,
-    which are the last ones of a batch.
-
-    One window with the chunk alone for an adapter that keeps `ring` tokens in Past; else each has
-    up to TTT_EVAL_SEQ_LEN tokens a document and about WINDOW_TOKENS in all."""
+    """For every chunk its windows: targets [chunk*C, (chunk+1)*C) of those documents, the batch's
+    last, that reach it. One with the chunk alone for an adapter that keeps `ring` tokens in Past,
+    else each with up to TTT_EVAL_SEQ_LEN tokens a document and about WINDOW_TOKENS in all."""
     C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     counts = np.array([doc.targets for doc in batch])
     chunks = -(-int(counts[-1]) // C)
@@ -3630,9 +3605,8 @@ class Adapter:
 
 
 class Streamed(Adapter):
-    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past.
-
-    The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
+    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past. For
+    a document of n targets the plain adapter runs about n^2 / 2C tokens, this one n."""
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
                  rules: Any = None):
@@ -3680,9 +3654,8 @@ def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
          world: int) -> list[list[list[int]]]:
     """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
 
-    A free rank takes the next batch, and a round ends where the batches completed hold the
-    boundary's documents (those begun are finished first): #1855's queue, played through with
-    planned costs instead of clocks, so that a run can be repeated."""
+    A free rank takes the next batch; a round ends where the batches completed hold the boundary's
+    documents (those begun are finished first): #1855's queue, with planned costs for clocks."""
     left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
     while left:
         hands = [[] for _ in range(world)]
@@ -3745,10 +3718,9 @@ def frozen_gradients(model: GPT, blocks: int) -> Iterator[Tensor]:
 
 def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
-    """One pass of SGD on ALL base weights over documents that are scored already; returns steps.
-
-    GLOBAL_TTT_OPTIMIZER=adamw: of AdamW (0.9, 0.999) without decay. The sequences of a step are
-    shared out over the ranks; its gradient is that of their mean."""
+    """One pass of SGD, or of AdamW (0.9, 0.999) without decay, on ALL base weights over documents
+    that are scored already; returns steps. The ranks share out the sequences of a step; its
+    gradient is that of their mean."""
     tokens = np.concatenate([val.ids[doc.begin : doc.end] for doc in scored])
     params = list(model.parameters())
     optimiser = (torch.optim.AdamW(params, weight_decay=0) if cfg.global_ttt_optimizer == "adamw"
@@ -3764,9 +3736,8 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                            documents=cfg.global_ttt_respect_doc_boundaries)
             loss = model(row.ids, row.targets, row.segments, True).sum() / (count * length)
             loss.backward()
-        if rt.world > 1:
-            for p in params:
-                dist.all_reduce(p.grad)
+        for p in params:
+            rt.sum_(p.grad)
         for grad in frozen_gradients(model, cfg.ttt_freeze_blocks):
             grad.zero_()
         if cfg.global_ttt_grad_clip:
@@ -3780,9 +3751,8 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                  init: Callable | None = None, rules: Any = None) -> Score:
-    """The headline evaluation: documents longest first, adapters a document, global phases between.
-
-    At a boundary all ranks have scored what the plan says and train on that. `rules`: see §13."""
+    """The headline evaluation: documents longest first, adapters a document, global phases between,
+    which train on what all ranks have scored by then. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
     documents = [Document(*d) for d in val.documents()]
@@ -3833,9 +3803,8 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
 
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
-    """Read the artifact back and score it: plainly, then with phased test-time training.
-
-    The rules' tables are built while the artifact is scored plainly."""
+    """Read the artifact back and score it: plainly, while the rules' tables are built, then with
+    phased test-time training."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
     require(path.is_file(), f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
@@ -3929,9 +3898,8 @@ def counts_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> np.ndarr
 
 
 def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What each entry finds in its context: (most frequent y so far, its count, total count).
-
-    Of equals the one that got there first. Entries without `learn` look, and leave nothing."""
+    """What each entry finds in its context: (most frequent y so far, of equals the first to get
+    there, its count, total count). Entries without `learn` look, and leave nothing."""
     n, first = len(run), run_starts(run)
     at = np.arange(n)
     count = np.where(learn, counts_before(run, y, learn) + 1, 0)
@@ -3986,11 +3954,10 @@ def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
     probability inside that class only. NGRAM_TARGET_GATE=1, as published: a hint about a class is
     given where the token to be scored is of that class, and moves probability anywhere."""
     ids, y = ids[:-1], ids[1:]
-    at, experts = np.arange(len(ids)), []
-    first = np.maximum(at - (cfg.token_order - 2), 0)
-    found = contexts(ids, first, at[cfg.token_order - 2 :])
+    at = np.arange(len(ids))
+    found = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
     # what each learns from and hints at: targets of its class, a row of `token_classes`
-    experts.append((*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0))
+    experts = [(*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0)]
     if pieces:
         start, closed, classes = token_classes(pieces)
         both = word_contexts(ids, start, closed, cfg, pieces)
@@ -4126,21 +4093,21 @@ class ScoreRules:
         self.classes, self.kinds = torch.from_numpy(classes).to(rt.device), ()
         if cfg.ngram_tilt_enabled:
             self.kinds = torch.int32, torch.float32, torch.uint8
-            job = tilt_table, pieces, rt.log
         elif cfg.ngram_mixer:
-            job = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer],)
             self.kinds = (torch.float32,)
         self.built = None
         if self.kinds and rt.rank == 0:
-            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, *job)
+            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, pieces)
 
-    def build(self, ids: np.ndarray, make: Callable, *more: Any) -> list[Tensor]:
-        """The tables, on the host, and how long they took."""
-        started, made = time.perf_counter(), make(ids, self.cfg, *more)
-        name = "mixer" if self.cfg.ngram_mixer else "tilt"
-        self.rt.log(f"ngram_{name}:precompute_done elapsed={time.perf_counter() - started:.1f}s "
-                    f"total_targets={self.count}")
-        tables = made if isinstance(made, tuple) else (made,)
+    def build(self, ids: np.ndarray, pieces: list[str] | None) -> list[Tensor]:
+        """The tables, on the host; logs how long they took."""
+        started, cfg = time.perf_counter(), self.cfg
+        if cfg.ngram_tilt_enabled:
+            tables = tilt_table(ids, cfg, pieces, self.rt.log)
+        else:
+            tables = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer](ids, cfg),)
+        self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
+                    f"{time.perf_counter() - started:.1f}s total_targets={self.count}")
         return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
 
     def wait(self) -> None:
@@ -4177,11 +4144,6 @@ class ScoreRules:
         if cfg.ngram_tilt_enabled:
             return tilt(losses, logp, window.targets, *found, self.classes)
         return mix(losses, logp, *found, t, cfg) if cfg.ngram_mixer else losses
-
-
-def pick(h: Tensor, at: Tensor) -> Tensor:
-    """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
-    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
 
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
@@ -4266,9 +4228,8 @@ def batched(rows: list[Row], most: int) -> list[Row]:
 
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
              momentum: float) -> Tensor:
-    """Forward and backward of this rank's rows, then one update.
-
-    Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
+    """Forward and backward of this rank's rows, then one update. Returns, on the device, [mean loss
+    of this rank, gradient norm over all ranks]."""
     rows = batched(rows, MICRO_BATCH if rows[0].ids.is_cuda else 0)
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
@@ -4317,9 +4278,8 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
     seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
     seconds = rt.sync_clock(seconds)
     rt.log(f"calibration: {seconds:.1f}s of training reserved")
-    if seconds > cfg.max_wallclock_seconds / 2:
-        raise UserError(f"calibration needs {seconds:.0f}s of MAX_WALLCLOCK_SECONDS="
-                        f"{cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
+    require(seconds <= cfg.max_wallclock_seconds / 2, f"calibration needs {seconds:.0f}s of "
+            f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
     return replace(cfg, gptq_reserve_seconds=seconds)
 
 
@@ -4372,9 +4332,8 @@ def start_clock(cfg: Config) -> dict[str, float]:
 
 def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
-    the seconds that calibration has left of the budget.
-
-    The loss of a step is looked at while the next one runs, so the check costs no pause."""
+    the seconds that calibration has left of the budget. A step's loss is checked during the next
+    one, without a pause."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
     ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
@@ -4446,8 +4405,7 @@ def save_state(state: Mapping[str, Tensor], path: Path) -> None:
 
 def load_state(model: GPT, path: Path) -> None:
     """A final_model.pt (ours or #1855's) into the model; UserError where it does not fit."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; train first, or set ARTIFACT_DIR")
+    require(path.is_file(), f"{path}: no such file; train first, or set ARTIFACT_DIR")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in dict(state).items()):
@@ -4455,12 +4413,11 @@ def load_state(model: GPT, path: Path) -> None:
     except Exception as error:  # damaged files make the reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); train again") from None
-    want = {name: p.shape for name, p in model.state_dict().items()}
-    for name in sorted(want.keys() | state.keys()):
-        have = state[name].shape if name in state else None
-        if have != want.get(name):
-            raise UserError(f"{path}: {name}: file has {have and list(have)}, the settings ask for "
-                            f"{want.get(name) and list(want[name])}; use the model's own settings")
+    have, want = ({name: list(p.shape) for name, p in tensors.items()}
+                  for tensors in (state, model.state_dict()))
+    for name in sorted(want.keys() | have.keys()):
+        require(have.get(name) == want.get(name), f"{path}: {name}: file has {have.get(name)}, the "
+                f"settings ask for {want.get(name)}; use the model's own settings")
     model.load_state_dict(state)
 
 
@@ -4548,16 +4505,13 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
 
 def changed(cfg: Config) -> dict[str, str]:
     """The settings that differ from the defaults, as the environment would hold them."""
-    pairs = ((f, getattr(cfg, f.name)) for f in fields(cfg))
-    return {
-        f.name.upper(): str(int(v) if f.type is bool else v) for f, v in pairs if v != f.default
-    }
+    found = ((name, f, getattr(cfg, f.name)) for name, f in SETTINGS.items())
+    return {name: str(int(x) if f.type is bool else x) for name, f, x in found if x != f.default}
 
 
 def baked(source: str, cfg: Config) -> str:
     """The program with this run's settings as its defaults, so that it scores without a preset."""
-    own = {"RUN_ID", "ARTIFACT_DIR", "TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY",
-           "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
+    own = NOT_OF_A_RUN | {"TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY"}
     given = {name: text for name, text in changed(cfg).items() if name not in own}
     line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
     assert len(line.findall(source)) == 1
@@ -4566,9 +4520,8 @@ def baked(source: str, cfg: Config) -> str:
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
          noise: dict[str, float], folder: Path) -> None:
-    """Quantise, compress and write the two files that count, and log what they weigh.
-
-    noise: `sensitivities`, for QUANTISER=tcq."""
+    """Quantise, compress and write the two files that count, and log what they weigh. noise:
+    `sensitivities`, for QUANTISER=tcq."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
@@ -4590,18 +4543,17 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
     quantised = time.perf_counter() - started - seconds
-    rt.record.update(quantisation_seconds=round(quantised, 3),
-                     compression_seconds=round(seconds, 3))
+    groups, total = artifact_report(blob), len(blob) + len(program)
+    rt.record.update(
+        quantisation_seconds=round(quantised, 3), compression_seconds=round(seconds, 3),
+        bytes={"model": len(blob), "code": len(program), "total": total,
+               "groups": groups, "compressor": cfg.compressor,
+               "sha256": {ARTIFACT_FILE: hashlib.sha256(blob).hexdigest(),
+                          PROGRAM_FILE: hashlib.sha256(program).hexdigest()}})
     rt.log(f"quantisation {quantised:.1f}s compression {seconds:.1f}s")
-    rt.record["bytes"] = {
-        "model": len(blob), "code": len(program), "total": len(blob) + len(program),
-        "groups": artifact_report(blob), "compressor": cfg.compressor,
-        "sha256": {ARTIFACT_FILE: hashlib.sha256(blob).hexdigest(),
-                   PROGRAM_FILE: hashlib.sha256(program).hexdigest()}}
-    rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
+    rt.log(f"artifact bytes by group: {json.dumps(groups)}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
-    total = len(blob) + len(program)
     rt.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
     if (over := total - cfg.artifact_budget_bytes) > 0:
         rt.log(f"warning: {over} bytes over ARTIFACT_BUDGET_BYTES={cfg.artifact_budget_bytes}")
@@ -4652,9 +4604,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             train_and_pack(cfg, rt, model, folder)
         if not cfg.prequant_only and not audit:
             score_artifact(cfg, rt, model, folder, make_rules)
-    illegal = ""
-    if cfg.legality_check and not cfg.prequant_only:
-        illegal = extra("legality").audit(cfg, rt, folder)
+    checked = cfg.legality_check and not cfg.prequant_only
+    illegal = extra("legality").audit(cfg, rt, folder) if checked else ""
     if rt.keeper:
         rt.keeper.finish()
     if rt.lifeline:
@@ -4663,8 +4614,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     rt.record["peak_memory_mib"] = peak >> 20
     rt.log(f"peak memory allocated: {peak >> 20} MiB")
     rt.log(json.dumps({"result": {**rt.record, "complete": True}}))
-    if illegal:
-        raise UserError(illegal)
+    require(not illegal, illegal)
 
 
 def is_first_to_fail() -> bool:
