@@ -24,8 +24,6 @@ import torch.distributed as dist
 import train_gpt as t
 
 FORMAT = 1
-# what may differ between the start and the resumption of one run
-FREE = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
 BEAT, SILENT = 2.0, 20.0  # seconds between signs of life, and without one until a rank counts dead
 
 
@@ -41,7 +39,7 @@ class Keeper:
         self.identity = {
             "format": FORMAT, "data": hashlib.sha256(data.encode()).hexdigest(),
             "program": t.program_digest(),
-            **{k: v for k, v in t.changed(cfg).items() if k not in FREE}}
+            **{k: v for k, v in t.changed(cfg).items() if k not in t.NOT_OF_A_RUN}}
         self.state = self.read(self.path) or {"stage": "start"}
         if "record" in self.state:
             rt.record.update(self.state["record"])

@@ -56,7 +56,7 @@ NEEDED = ("train_time_ms", "prequant_val_bpb", "quantized_val_bpb", "val_bpb", "
 STATISTICS = ("prequant_val_bpb", "quantized_val_bpb", "val_loss", "val_bpb", "bytes_total")
 PAIRS = (("prequant_val_loss", "prequant_val_bpb"), ("quantized_val_loss", "quantized_val_bpb"),
          ("val_loss", "val_bpb"))
-# settings in which the logs of one submission may differ
+# settings in which the logs of one submission may differ: train_gpt.NOT_OF_A_RUN, the seed, places
 FREE = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "LOGFILE",
         "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
 # of training with calibration, and of evaluation from the process's start; of artifact and program

@@ -27,7 +27,6 @@ import functools
 import gc
 import hashlib
 import heapq
-import importlib
 import importlib.util
 import inspect
 import io
@@ -37,14 +36,12 @@ import linecache
 import lzma
 import math
 import os
-import queue
 import re
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,6 +71,12 @@ class UserError(Exception):
     """A mistake that the user can mend: main() prints its one line and exits with code 2."""
 
 
+def require(holds: Any, problem: str) -> None:
+    """UserError with the text of the problem unless it holds."""
+    if not holds:
+        raise UserError(problem)
+
+
 def setting(default: Any, text: str, lo: float | None = None, hi: float | None = None,
             choices: tuple = ()) -> Any:
     """A field of Config: default, one line of help, closed range or choices of legal values."""
@@ -85,10 +88,8 @@ ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once; its environment variable is the name in capitals.
-
-    Defaults are those of #1855's headline run, but for quantiser, coder, a measured reserve and
-    streamed test-time training."""
+    """Every setting, once; its environment variable is the name in capitals. Defaults are those of
+    #1855's headline run, but for quantiser, coder, reserve and streamed test-time training."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -264,10 +265,8 @@ class Config:
 
     @staticmethod
     def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
-        """Settings from a mapping such as os.environ, over those of presets/PRESET.env, over BAKED.
-
-        Raises UserError for an unknown name, a value that is unreadable or out of range, or values
-        that contradict each other."""
+        """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED. UserError
+        for names that are unknown, values unreadable or out of range, and contradictions."""
         given = {name: (text, f"this program: {name}") for name, text in BAKED.items()}
         if environ.get("PRESET"):
             given.update(read_preset(environ["PRESET"], folder))
@@ -285,7 +284,7 @@ class Config:
 
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
-        loops, wall = self.num_loops, self.max_wallclock_seconds
+        loops, lanes, wall = self.num_loops, self.parallel_start_layer, self.max_wallclock_seconds
         stages = self.pairs("train_seq_schedule", "@")
         chunks = (self.ttt_chunk_size, *(int(c) for _, c in self.short_chunks))
         rules = (
@@ -298,10 +297,9 @@ class Config:
             (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
             (not loops or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
-            (not (loops and self.parallel_start_layer) or self.loop_end < self.parallel_start_layer,
+            (not (loops and lanes) or self.loop_end < lanes,
              "LOOP_END must be below PARALLEL_START_LAYER: two lanes do not join again"),
-            (self.parallel_start_layer < self.num_layers,
-             "PARALLEL_START_LAYER must be below NUM_LAYERS"),
+            (lanes < self.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
             (self.val_batch_tokens % 8 == 0, "VAL_BATCH_TOKENS must be a multiple of 8"),
             (min(chunks) > 0 and max(chunks) <= self.ttt_eval_seq_len,
@@ -326,8 +324,7 @@ class Config:
              "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
-            (self.ngram_buckets & (self.ngram_buckets - 1) == 0,
-             "NGRAM_BUCKETS must be a power of 2"),
+            (self.ngram_buckets.bit_count() == 1, "NGRAM_BUCKETS must be a power of 2"),
             (not (self.slot_enabled and self.ttt_stream), "SLOT_ENABLED=1 needs TTT_STREAM=0"),
             (self.quantiser == "uniform" or not self.awq_lite_enabled,
              "AWQ_LITE_ENABLED=1 needs QUANTISER=uniform"),
@@ -339,8 +336,7 @@ class Config:
              "runs it, and says so beside the score"),
         )
         for holds, text in rules:
-            if not holds:
-                raise UserError(f"contradictory settings: {text}")
+            require(holds, f"contradictory settings: {text}")
         return self
 
     def pairs(self, name: str, mark: str) -> tuple[tuple[int, float], ...]:
@@ -408,13 +404,11 @@ FIXED = {
     "EVAL_STRIDE": ("64", "1536"), "COMPILE_SHAPE_WARMUP": ("1",), "SKYLIGHT_MUON": ("0",),
     "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock",), "TEMPERATURE_SCALE": ("1.0", "1"),
     "WORD_NORMALIZE": ("strip_punct_lower",), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": ("0",),
-    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",),
-    "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "VAL_DOC_FRACTION": ("1.0",),
-    "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "PHASED_TTT_ENABLED": ("1",),
-    "TTT_GRAD_STEPS": ("1",), "TTT_OPTIMIZER": ("adam",), "TTT_EVAL_BATCHES": ("",),
-    "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
-    "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0"),
-}
+    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",), "VAL_DOC_FRACTION": ("1.0",),
+    "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "PHASED_TTT_ENABLED": ("1",),
+    "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "TTT_EVAL_BATCHES": ("",), "TTT_GRAD_STEPS": ("1",),
+    "TTT_OPTIMIZER": ("adam",), "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
+    "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0")}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
 GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
            "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
@@ -423,6 +417,9 @@ PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 # Of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES |= {"MTP", "SWA", "QUANTIZER"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
+# Where a run writes, and how it is watched: no part of its configuration.
+NOT_OF_A_RUN = frozenset(
+    {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"})
 
 
 def is_ours(name: str) -> bool:
@@ -434,13 +431,12 @@ def is_ours(name: str) -> bool:
 
 def suggest(name: str) -> str:
     """The known name that is nearest word by word, then as a whole, if any is near."""
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
 
     def likeness(known: str) -> tuple[float, float]:
-        alike = [
-            max(difflib.SequenceMatcher(None, a, b).ratio() for b in known.split("_"))
-            for a in name.split("_")
-        ]
-        return sum(alike) / len(alike), difflib.SequenceMatcher(None, name, known).ratio()
+        words = [max(alike(a, b) for b in known.split("_")) for a in name.split("_")]
+        return sum(words) / len(words), alike(name, known)
 
     best = max(SETTINGS, key=likeness)
     return f"; did you mean {best}?" if likeness(best)[0] > 0.6 else ""
@@ -468,21 +464,18 @@ def parse_value(entry: Any, text: str, where: str) -> Any:
 def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment."""
     path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
-        raise UserError(f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
+    known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
+    require(path.is_file(), f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable ({error}); save it as UTF-8 text") from None
     found = {}
     for number, line in enumerate(lines, 1):
-        text = line.split("#")[0].strip()
-        if text:
-            key, sep, value = text.partition("=")
-            if not sep:
-                raise UserError(f"{path}:{number}: not a NAME=value line: {text}")
-            found[key.strip()] = (value.strip(), f"{path}:{number}: {key.strip()}")
+        key, sep, value = (part.strip() for part in line.split("#")[0].partition("="))
+        require(sep or not key, f"{path}:{number}: not a NAME=value line: {key}")
+        if sep:
+            found[key] = value, f"{path}:{number}: {key}"
     return found
 
 
@@ -570,26 +563,23 @@ class Runtime:
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
     """The runtime of this process under torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or alone."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    if world < 1 or 8 % world:
-        raise UserError(f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
+    require(world > 0 and 8 % world == 0,
+            f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
+        require(local < gpus, f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
         device = torch.device("cuda", local)
-    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
-        # Rank 0 compresses for minutes while the others wait.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, *_ = next(dist.rendezvous("env://", rank, world))
         # else a restarted run would find the addresses of the processes that died
         store = dist.PrefixStore(environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))
+                                timeout=timedelta(hours=1))  # rank 0 compresses for minutes
     return Runtime(rank, world, device)
 
 
@@ -632,9 +622,7 @@ def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Writes the file `path` whole or not at all: an older file stays until the new one is on disk.
-
-    UserError, in one line with the remedy, if that fails (disk full, no such folder, no rights).
-    """
+    UserError if that fails (disk full, no such folder, no rights)."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1559,18 +1547,14 @@ class Matrix(NamedTuple):
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
     """All matrices that GPTQ quantises: six a layer and the embedding (67 for 11 layers)."""
     n = cfg.num_layers
-    found = [Matrix("tok_emb.weight", "embedding", "tok_emb.weight", None, "head")]
-    for i in range(n):
-        for name, role, bank, index, source in (
-            ("attn.c_q", "query", "qo_bank", i, "attn"),
-            ("attn.c_k", "key", "kv_bank", i, "attn"),
-            ("attn.c_v", "value", "kv_bank", n + i, "attn"),
-            ("attn.proj", "attn_out", "qo_bank", n + i, "attn_out"),
-            ("mlp.fc", "mlp_up", "mlp_up_bank", i, "mlp"),
-            ("mlp.proj", "mlp_down", "mlp_down_bank", i, "mlp_hidden"),
-        ):
-            found.append(Matrix(f"blocks.{i}.{name}.weight", role, bank, index, f"{source}.{i}"))
-    return tuple(found)
+    layer = (("attn.c_q", "query", "qo_bank", 0, "attn"), ("attn.c_k", "key", "kv_bank", 0, "attn"),
+             ("attn.c_v", "value", "kv_bank", n, "attn"),
+             ("attn.proj", "attn_out", "qo_bank", n, "attn_out"),
+             ("mlp.fc", "mlp_up", "mlp_up_bank", 0, "mlp"),
+             ("mlp.proj", "mlp_down", "mlp_down_bank", 0, "mlp_hidden"))
+    return (Matrix("tok_emb.weight", "embedding", "tok_emb.weight", None, "head"),
+            *(Matrix(f"blocks.{i}.{name}.weight", role, bank, first + i, f"{source}.{i}")
+              for i in range(n) for name, role, bank, first, source in layer))
 
 
 def paired(w: Tensor, cfg: Config) -> Tensor:
@@ -1580,6 +1564,11 @@ def paired(w: Tensor, cfg: Config) -> Tensor:
     turned, rest = w.unflatten(-2, (-1, D)).split([R, D - R], dim=-2)
     turned = turned.unflatten(-2, (2, R // 2)).transpose(-3, -2).flatten(-3, -2)
     return torch.cat((turned, rest), dim=-2).flatten(-3, -2)
+
+
+def pick(h: Tensor, at: Tensor) -> Tensor:
+    """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
+    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
 
 
 class AttentionParameters(nn.Module):
@@ -1612,9 +1601,8 @@ class GPT(nn.Module):
     Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
     document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
     before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
-    #1855's: matrices in banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden], all stored
-    [out, in]; masters are float32 and are cast once a forward to `dtype`.
-    """
+    #1855's: banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden] of float32 matrices
+    [out, in], which are cast once a forward to `dtype`."""
 
     def __init__(self, cfg: Config, attend: Callable, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1639,7 +1627,9 @@ class GPT(nn.Module):
         if cfg.asym_logit_rescale:
             self.softcap_pos, self.softcap_neg = (
                 nn.Parameter(torch.tensor([cfg.logit_softcap])) for _ in range(2))
-        self.register_buffer("rope", rotary_table(cfg), persistent=False)
+        longest = max(cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
+                      cfg.global_ttt_batch_seqs * cfg.eval_seq_len)  # that a row can have
+        self.register_buffer("rope", rotation(torch.arange(longest), cfg), persistent=False)
         self.reset_parameters()
 
     @contextlib.contextmanager
@@ -1669,17 +1659,9 @@ class GPT(nn.Module):
         if self.cfg.smear_gate_enabled:
             self.smear_gate.weight.zero_()
 
-    def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        segments: "Segments | None",
-        looped: bool,
-        lora: "Lora | None" = None,
-        at: Tensor | None = None,
-        past: "Past | None" = None,
-        read: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, segments: "Segments | None", looped: bool,
+                lora: "Lora | None" = None, at: Tensor | None = None, past: "Past | None" = None,
+                read: Callable[[Tensor], None] | None = None) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
 
         With `at` [B, C] (positions) only those targets are scored: targets and result [B, C].
@@ -1688,7 +1670,7 @@ class GPT(nn.Module):
         if read:
             read(h.detach())
         if at is not None:
-            h = h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+            h = pick(h, at)
         cap, fused_ce = self.cap(), self.cfg.fused_ce_enabled
         if fused_ce and lora is None:
             w = self.tok_emb.weight.to(h.dtype)
@@ -1713,15 +1695,9 @@ class GPT(nn.Module):
         """Logits as the loss sees them: h [B, T, d] -> float32 [B, T, V]."""
         return softcap(self.head(h, lora), self.cap())
 
-    def hidden(
-        self,
-        ids: Tensor,
-        segments: "Segments | None",
-        looped: bool,
-        lora: "Lora | None" = None,
-        observe: Callable[[str, Tensor], None] | None = None,
-        past: "Past | None" = None,
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, segments: "Segments | None", looped: bool,
+               lora: "Lora | None" = None, observe: Callable[[str, Tensor], None] | None = None,
+               past: "Past | None" = None) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, weights, skips = self.cfg, self.weights(), self.skip_parameters()
         rope = (self.rope[:, : ids.shape[1]] if past is None else past.rope).to(self.dtype)
@@ -1793,9 +1769,8 @@ class GPT(nn.Module):
                   post: Tensor) -> tuple[Tensor, ...]:
         """Both lanes after attention y and MLP m: keep [lane], post [attention or MLP, lane]."""
         keep, post = keep.to(a.dtype), post.to(a.dtype)
-        return tuple(
-            keep[lane] * x + post[0, lane] * y + post[1, lane] * m for lane, x in enumerate((a, b))
-        )
+        return tuple(keep[lane] * x + post[0, lane] * y + post[1, lane] * m
+                     for lane, x in enumerate((a, b)))
 
     def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: Tensor,
                   segments: "Segments | Past", lora: "Lora | None",
@@ -1837,15 +1812,6 @@ class GPT(nn.Module):
         if lora is not None:
             y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
         return y
-
-
-def rotary_table(cfg: Config) -> Tensor:
-    """The rotation of every position that a packed row or a window can have."""
-    longest = max(
-        cfg.train_batch_tokens // 8, cfg.val_batch_tokens // 8, cfg.ttt_eval_seq_len,
-        cfg.global_ttt_batch_seqs * cfg.eval_seq_len,
-    )
-    return rotation(torch.arange(longest), cfg)
 
 
 def rotation(at: Tensor, cfg: Config) -> Tensor:
@@ -1912,9 +1878,8 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [b, T, in] -> [b, T, out], or 0 for a role that is left out.
-
-        The b rows of x belong to the documents `self.rows` of the batch."""
+        """The delta for x [b, T, in], of the batch's documents `self.rows` -> [b, T, out], or 0 for
+        a role that is left out."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
@@ -1997,8 +1962,7 @@ class Optimisers:
     gradients arrive by reduce-scatter, their momentum lives only there, and their bfloat16 update
     leaves by all-gather, so that every rank applies the same bits. Averaging comes before the
     global norm, so the same global batch gives the same run in any world size (#1855 clips first).
-    Muon: momentum, Nesterov, unit rows, orthogonalise, decoupled decay. idea: @kellerjordan
-    """
+    Muon: momentum, Nesterov, unit rows, orthogonalise, decoupled decay. idea: @kellerjordan"""
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime):
         self.cfg, self.rt = cfg, rt
@@ -2017,21 +1981,16 @@ class Optimisers:
         self.small = [p for group in groups.values() for p in group]
         self.params = [*self.banks, *self.small]
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
-                 "weight_decay": getattr(cfg, decay) if decay else 0.0}
-                for (lr, decay), ps in groups.items()
-            ],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda",
-        )
+            [{"params": ps, "lr": getattr(cfg, lr), "base_lr": getattr(cfg, lr),
+              "weight_decay": getattr(cfg, decay) if decay else 0.0}
+             for (lr, decay), ps in groups.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda")
         self.reset()
 
     def reset(self) -> None:
         """Forget every moment."""
-        self.momenta = [
-            torch.zeros(share, *p.shape[1:], device=p.device)
-            for share, p in zip(self.shares, self.banks, strict=True)
-        ]
+        self.momenta = [torch.zeros(share, *p.shape[1:], device=p.device)
+                        for share, p in zip(self.shares, self.banks, strict=True)]
         self.adamw.state.clear()
 
     @torch.no_grad()
@@ -2052,14 +2011,11 @@ class Optimisers:
         return norm
 
     def square_norms(self, grads: list[Tensor]) -> list[Tensor]:
-        """Squared norms of the matrices of every bank [n], from this rank's shares of gradients.
-
-        One number a matrix, added in one order, does not depend on how the banks are shared."""
-        parts = []
-        for g in grads:
-            first = self.rt.rank * len(g)
-            parts.append(g.new_zeros(self.rt.world * len(g)))
-            parts[-1][first : first + len(g)] = torch.linalg.vector_norm(g, dim=(1, 2)).square()
+        """Squared norms of every bank's matrices [n], from this rank's shares of gradients: one
+        number a matrix, so that their sum does not depend on how the banks are shared."""
+        before, after = self.rt.rank, self.rt.world - 1 - self.rt.rank  # ranks: zeros for theirs
+        parts = [F.pad(torch.linalg.vector_norm(g, dim=(1, 2)).square(),
+                       (before * len(g), after * len(g))) for g in grads]
         found = self.rt.sum_(torch.cat(parts)).split([len(part) for part in parts])
         return [part[: len(bank)] for part, bank in zip(found, self.banks, strict=True)]
 
@@ -2111,12 +2067,11 @@ class Optimisers:
         updates = self.recorder(("directions",), lambda *us: [
             orthogonalise(u, cfg.muon_backend_steps) for u in us], updates)
         for update, p in zip(updates, self.banks, strict=True):
-            if self.rt.world == 1:
-                pending.append((p, update, None))
-            else:
+            full, wait = update, None
+            if self.rt.world > 1:
                 full = update.new_empty(update.shape[0] * self.rt.world, *update.shape[1:])
                 wait = dist.all_gather_into_tensor(full, update.contiguous(), async_op=True)
-                pending.append((p, full, wait))
+            pending.append((p, full, wait))
         lr = cfg.matrix_lr * lr_factor
         for p, update, wait in pending:
             if wait:
@@ -2154,20 +2109,17 @@ def open_shard(path: Path) -> np.ndarray:
     """The uint16 values of a shard, memory-mapped; UserError where the file is not what it says.
 
     Format: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16."""
-    remedy = "; prepare the data again or fetch the file again"
+    def check(holds: bool, problem: str) -> None:
+        require(holds, f"{path}: {problem}; prepare the data again or fetch the file again")
+
     size = path.stat().st_size
-    if size < SHARD_HEADER:
-        raise UserError(f"{path}: {size} bytes, shorter than a shard's header{remedy}")
+    check(size >= SHARD_HEADER, f"{size} bytes, shorter than a shard's header")
     magic, version, count = (int(x) for x in np.fromfile(path, "<i4", 3))
-    if magic != SHARD_MAGIC:
-        raise UserError(f"{path}: magic {magic}, a shard has {SHARD_MAGIC}: not a shard{remedy}")
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, known is {SHARD_VERSION}{remedy}")
-    if size != SHARD_HEADER + 2 * count:
-        raise UserError(f"{path}: header says {count} values = {SHARD_HEADER + 2 * count} bytes, "
-                        f"the file has {size}{remedy}")
-    if count == 0:
-        raise UserError(f"{path}: no tokens{remedy}")
+    check(magic == SHARD_MAGIC, f"magic {magic}, a shard has {SHARD_MAGIC}: not a shard")
+    check(version == SHARD_VERSION, f"shard version {version}, known is {SHARD_VERSION}")
+    check(size == SHARD_HEADER + 2 * count, f"header says {count} values = "
+          f"{SHARD_HEADER + 2 * count} bytes, the file has {size}")
+    check(count > 0, "no tokens")
     return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
 
 
@@ -2176,34 +2128,29 @@ class TokenStream:
 
     def __init__(self, paths: list[Path]):
         self.paths, self.shards = paths, [open_shard(p) for p in paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        *self.starts, self.size = itertools.accumulate(map(len, self.shards), initial=0)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.size
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """uint16 values [begin, end) of the sequence."""
-        first = int(np.searchsorted(self.starts, begin, "right")) - 1
-        parts = []
-        while begin < end:
-            stop = min(end, int(self.starts[first + 1]))
-            shift = int(self.starts[first])
-            parts.append(np.asarray(self.shards[first][begin - shift : stop - shift]))
-            begin, first = stop, first + 1
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        parts = [shard[max(0, begin - start) : max(0, end - start)]
+                 for start, shard in zip(self.starts, self.shards, strict=True)]
+        return np.concatenate(parts)
 
     def place(self, index: int) -> str:
         """File and position of a value, for messages."""
-        shard = int(np.searchsorted(self.starts, index, "right")) - 1
-        return f"{self.paths[shard]}: token {index - int(self.starts[shard])}"
+        start, path = max(p for p in zip(self.starts, self.paths, strict=True) if p[0] <= index)
+        return f"{path}: token {index - start}"
 
     def checked_ids(self, begin: int, end: int, vocab_size: int) -> np.ndarray:
         """Token ids [begin, end) as int64; UserError for one outside the vocabulary."""
         ids = self.read(begin, end)
         if ids.size and ids.max() >= vocab_size:
-            at = begin + int(np.argmax(ids >= vocab_size))
-            raise UserError(f"{self.place(at)}: id {self.read(at, at + 1)[0]} is outside the "
-                            f"vocabulary of {vocab_size}; set VOCAB_SIZE to the tokenizer's size")
+            at = int(np.argmax(ids >= vocab_size))
+            raise UserError(f"{self.place(begin + at)}: id {ids[at]} is outside the vocabulary of "
+                            f"{vocab_size}; set VOCAB_SIZE to the tokenizer's size")
         return ids.astype(np.int64)
 
 
@@ -2243,9 +2190,8 @@ class TrainRows:
         self.stream, self.cfg, self.rt = stream, cfg, rt
         self.length = cfg.train_batch_tokens // 8
         self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
-        if self.count < 1:
-            raise UserError(f"{stream.paths[0].parent}: {len(stream)} training tokens, less than "
-                            f"a row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
+        require(self.count, f"{stream.paths[0].parent}: {len(stream)} training tokens, less than a "
+                f"row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
 
     def row(self, g: int) -> Row:
         begin = g % self.count * self.length
@@ -2260,33 +2206,14 @@ class TrainRows:
 
 def prefetch(make: Callable[[int], Any], first: int, depth: int = 2) -> Iterator[Any]:
     """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead."""
-    slots: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def work() -> None:
-        index = first
-        while not stop.is_set():
-            try:
-                item = make(index)
-            except Exception as error:  # noqa: BLE001 - handed over, raised by the consumer
-                item = error
-            while not stop.is_set():
-                try:
-                    slots.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            index += 1
-
-    threading.Thread(target=work, daemon=True).start()
+    pool = ThreadPoolExecutor(1)
+    ahead = [pool.submit(make, first + k) for k in range(depth)]
     try:
-        while True:
-            item = slots.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        for index in itertools.count(first + depth):
+            ahead.append(pool.submit(make, index))
+            yield ahead.pop(0).result()
     finally:
-        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def data_folder(cfg: Config) -> Path:
@@ -2301,21 +2228,21 @@ def data_folder(cfg: Config) -> Path:
     return next((f for f in folders if f.is_dir()), folders[0])
 
 
-def shard_paths(folder: Path, pattern: str) -> list[Path]:
-    """Sorted shards; the val glob would also match the byte sidecars, which are left out."""
+def load_split(cfg: Config, split: str) -> TokenStream:
+    """The shards of train or val in order; byte sidecars, alike in name, are left out."""
+    folder, pattern = data_folder(cfg), f"fineweb_{split}_*.bin"
     found = sorted(p for p in folder.glob(pattern) if "_bytes_" not in p.name)
-    if not found:
-        raise UserError(f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
-                        "prepare_caseops_data.py (see README.md)")
-    return found
+    require(found, f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
+            "prepare_caseops_data.py (see README.md)")
+    stream = TokenStream(found)
+    first = stream.read(0, 1)[0]
+    require(first == BOS,
+            f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
+    return stream
 
 
 def load_train(cfg: Config, rt: Runtime) -> TrainRows:
-    stream = TokenStream(shard_paths(data_folder(cfg), "fineweb_train_*.bin"))
-    first = stream.read(0, 1)[0]
-    if first != BOS:
-        raise UserError(f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
-    return TrainRows(stream, cfg, rt)
+    return TrainRows(load_split(cfg, "train"), cfg, rt)
 
 
 def check_data(cfg: Config) -> str:
@@ -2359,26 +2286,25 @@ def check_data(cfg: Config) -> str:
 
 def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
     """TOKENIZER_PATH, where given, must have VOCAB_SIZE pieces and the hash that is `told`."""
-    if told.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise UserError(f"{manifest}: made with a vocabulary of {told['vocab_size']}, but "
-                        f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={told['vocab_size']}")
+    size = told.get("vocab_size", cfg.vocab_size)
+    require(size == cfg.vocab_size, f"{manifest}: made with a vocabulary of {size}, but "
+            f"VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE={size}")
     if not cfg.tokenizer_path:
         return
     path = Path(cfg.tokenizer_path)
-    if not path.is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
+    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
     from sentencepiece import SentencePieceProcessor
 
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (RuntimeError, OSError):
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; correct it") from None
-    if size != cfg.vocab_size:
-        raise UserError(f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
+    require(size == cfg.vocab_size,
+            f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if told.get("sha256", digest) != digest:
-        raise UserError(f"{path}: not the tokenizer that made {manifest.parent}: its sha256 "
-                        f"is {digest[:16]}..., the manifest says {told['sha256'][:16]}...")
+    want = told.get("sha256", digest)
+    require(want == digest, f"{path}: not the tokenizer that made {manifest.parent}: its sha256 is "
+            f"{digest[:16]}..., the manifest says {want[:16]}...")
 
 
 # ==================================================================================================
@@ -2402,9 +2328,8 @@ class Hessians:
 @torch.no_grad()
 def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
               batches: int = 0) -> dict[str, Tensor]:
-    """Mean Hessian a batch, by source, over GPTQ_CALIBRATION_BATCHES training batches, looped.
-
-    The batches are those that training would have seen next; #1855 keeps rank 0's share only."""
+    """Mean Hessian a batch, by source, over the GPTQ_CALIBRATION_BATCHES batches that training
+    would have seen next, looped (#1855 keeps rank 0's share only)."""
     count, hessians = batches or model.cfg.gptq_calibration_batches, Hessians()
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
@@ -2435,10 +2360,9 @@ def grid_for(role: str, cfg: Config) -> Grid:
     """Bits and clipping range by the role of a matrix."""
     if role == "embedding":
         return Grid(cfg.embed_bits, cfg.embed_clip_sigmas)
-    sigmas = {
-        **dict.fromkeys(("query", "key", "value", "attn_out"), cfg.attn_clip_sigmas),
-        **dict.fromkeys(("mlp_up", "mlp_down"), cfg.mlp_clip_sigmas),
-    }
+    attn, mlp = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas
+    sigmas = {"query": attn, "key": attn, "value": attn, "attn_out": attn,
+              "mlp_up": mlp, "mlp_down": mlp}
     return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
 
 
@@ -2485,17 +2409,14 @@ class Factor(NamedTuple):
 def factorise(H: Tensor, damp: float = 0.01) -> Factor:
     """H [cols, cols], damped by `damp` times its mean diagonal; UserError if it is not finite."""
     H = H.float().clone()
-    if not torch.isfinite(H).all():
-        raise UserError("calibration gave a Hessian that is not finite; train longer or lower the "
-                        "learning rates")
+    require(torch.isfinite(H).all(), "calibration gave a Hessian that is not finite; train longer "
+            "or lower the learning rates")
     dead = H.diagonal() == 0  # an input that is always zero: its weight does not matter
     H.diagonal()[dead] = 1
     H.diagonal().add_(damp * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
-    U = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True
-    )
-    return Factor(dead, order, U)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
+    return Factor(dead, order, torch.linalg.cholesky(inverse, upper=True))
 
 
 @torch.no_grad()
@@ -2672,10 +2593,11 @@ def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
     return k * s.float()[:, None] * (c.float() / 8).exp2()
 
 
-def encode_rows(W: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows with the scale max|row|/127 in float16: W [rows, cols] -> q, s [rows]."""
-    s = (W.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24)
-    return (W / s.float()[:, None]).round().clamp(-127, 127).to(torch.int8), s
+def encode_rows(W: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """W [rows, cols] -> q int8 in +-top, top = 2^(bits-1) - 1, s = max|row|/top float16 [rows]."""
+    top = 2 ** (bits - 1) - 1
+    s = (W.float().abs().amax(dim=1) / top).half().clamp_min(2.0**-24)
+    return (W / s.float()[:, None]).round().clamp(-top, top).to(torch.int8), s
 
 
 def encode_group(x: Tensor, low: int, high: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2709,21 +2631,13 @@ def encode_lqer(E: Tensor, cfg: Config) -> dict[str, Tensor]:
         a, sa = encode_group(A, -2, 1, A.numel())
         b, sb = encode_group(B, -8, 7, min(cfg.lqer_asym_group, B.numel()))
     else:
-        (a, sa), (b, sb) = (encode_symmetric(x, cfg.lqer_factor_bits) for x in (A, B))
+        (a, sa), (b, sb) = (encode_rows(x, cfg.lqer_factor_bits) for x in (A, B))
     return {"lqer_a": a, "lqer_sa": sa, "lqer_b": b, "lqer_sb": sb}
 
 
-def encode_symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Integers in +-(2^(bits-1) - 1) with the float16 scale max|row|/top for each row."""
-    top = 2 ** (bits - 1) - 1
-    s = (x.abs().amax(dim=1) / top).half().clamp_min(2.0**-24)
-    return (x / s.float()[:, None]).round().clamp(-top, top).to(torch.int8), s
-
-
 def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
-    return decode_group(piece["lqer_a"], piece["lqer_sa"]) @ decode_group(
-        piece["lqer_b"], piece["lqer_sb"]
-    )
+    a, sa, b, sb = (piece[f"lqer_{part}"] for part in ("a", "sa", "b", "sb"))
+    return decode_group(a, sa) @ decode_group(b, sb)
 
 
 RARE_ROWS = 0.03  # of the mean sensitivity of a matrix, added to every row's
@@ -2864,11 +2778,10 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     it has columns of more bits; int8 rows become NAME.q and NAME.s; everything else NAME in
     float16. by_trellis: of `quantise_trellis`, without corrections, which gain nothing there."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
-    out, errors = dict(by_trellis or {}), {}
-    weights = {} if by_trellis else {m.name: matrix_of(state, m) for m in matrices(cfg)}
-    awq = cfg.awq_lite_enabled and not by_trellis
-    protected = protected_columns(weights, hessians, cfg) if awq else {}
-    for m in () if by_trellis else matrices(cfg):
+    out, errors, found = dict(by_trellis or {}), {}, () if by_trellis else matrices(cfg)
+    weights = {m.name: matrix_of(state, m) for m in found}
+    protected = protected_columns(weights, hessians, cfg) if found and cfg.awq_lite_enabled else {}
+    for m in found:
         W, grid, starts = weights[m.name], grid_for(m.role, cfg), protected.get(m.name)
         finer, fine = grid._replace(bits=cfg.awq_lite_bits), None
         if starts is not None:
@@ -2878,9 +2791,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
                         f"{m.name}.awq_s": finer.steps(W)})
         q, s = gptq(W, hessians[m.source], grid, damp=cfg.gptq_damp_factor, fine=fine, finer=finer)
         out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
-        errors[m.name] = W - decode_gptq(q, s)
-        if fine is not None:
-            errors[m.name][:, fine] = (W - decode_gptq(q, finer.steps(W)))[:, fine]
+        errors[m.name] = W - decode_matrix(out, m.name)
     scope = {"all": "", "attn": ".attn.", "mlp": ".mlp.", "embed": "tok_emb"}[cfg.lqer_scope]
     if cfg.lqer_enabled:
         gain = {name: E.norm().item() for name, E in errors.items() if scope in name}
@@ -2904,22 +2815,20 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
     left, remedy = dict(pieces), "it is of another model: use the settings it was made with"
 
     def take(name: str, dtype: str, *want: int) -> None:
-        if name not in left:
-            raise UserError(f"artifact: no piece {name}; {remedy}")
-        have = left.pop(name)
-        if (have[0], *have[1]) != (dtype, *want):
-            raise UserError(f"artifact: {name} is {have[0]} {list(have[1])}, not {dtype} "
-                            f"{list(want)}; {remedy}")
+        require(name in left, f"artifact: no piece {name}; {remedy}")
+        have, shape = left.pop(name)
+        require((have, *shape) == (dtype, *want),
+                f"artifact: {name} is {have} {list(shape)}, not {dtype} {list(want)}; {remedy}")
 
-    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    shapes |= {m.name: shapes[m.bank][-2:] for m in matrices(model.cfg)}
-    stacked = {m.bank for m in matrices(model.cfg) if m.index is not None}
+    whole = {name: list(p.shape) for name, p in model.state_dict().items()}
+    shapes = {m.name: whole[m.bank][-2:] for m in matrices(model.cfg)}
+    others = sorted(whole.keys() - {m.bank for m in matrices(model.cfg)})
+    shapes |= {name: whole[name] for name in others}
     if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
     for name, shape in shapes.items():
         if f"{name}.q" not in left:
-            if name not in stacked:
-                take(name, "float16", *shape)
+            take(name, "float16", *shape)
             continue
         take(f"{name}.q", "int8", *shape)
         take(f"{name}.s", "float16", shape[0])
@@ -2937,16 +2846,15 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
             for part, most in (("sa", shape[0] * rank), ("sb", shape[1] * rank)):
                 count = math.prod(left.get(f"{name}.lqer_{part}", ("", [1]))[1])
                 take(f"{name}.lqer_{part}", "float16", max(1, min(count, most)))
-    if left:
-        raise UserError(f"artifact: a piece {min(left)} that this model lacks; {remedy}")
+    require(not left, f"artifact: a piece {min(left, default='')} that this model lacks; {remedy}")
 
 
 @torch.no_grad()
 def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The float32 state dict that `quantise` stored; UserError for a missing or misshapen piece."""
     check_pieces({n: (str(x.dtype)[6:], x.shape) for n, x in tensors.items()}, model)
-    if "trellis" in tensors and int(tensors["trellis"]) not in TRELLISES:
-        raise UserError("artifact: the piece trellis holds no known number of states")
+    require("trellis" not in tensors or int(tensors["trellis"]) in TRELLISES,
+            "artifact: the piece trellis holds no known number of states")
 
     def weight(name: str) -> Tensor:
         if name in tensors:
@@ -2955,11 +2863,11 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
         corrected = f"{name}.lqer_a" in tensors
         return W + decode_lqer({k: tensors[f"{name}.{k}"] for k in parts}) if corrected else W
 
-    state, stacked = {}, {m.bank for m in matrices(model.cfg) if m.index is not None}
-    for name in model.state_dict():
-        rows = sorted((m.index, m.name) for m in matrices(model.cfg) if m.bank == name in stacked)
-        state[name] = torch.stack([weight(n) for _, n in rows]) if rows else weight(name)
-    return state
+    banks = {}
+    for m in sorted(matrices(model.cfg), key=lambda m: m.index or 0):
+        banks.setdefault(m.bank, []).append(weight(m.name))
+    return {name: weight(name) if name not in banks else torch.stack(banks[name]).view_as(p)
+            for name, p in model.state_dict().items()}
 
 
 # ==================================================================================================
@@ -2992,14 +2900,13 @@ CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after);
 
 def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
     """UserError with the remedy if an artifact could not be written; call it before training."""
-    if name not in COMPRESSORS:
-        raise UserError(f"COMPRESSOR={name} is unknown: choose from {', '.join(COMPRESSORS)}")
+    require(name in COMPRESSORS,
+            f"COMPRESSOR={name} is unknown: choose from {', '.join(COMPRESSORS)}")
     for package in packages:
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise UserError(f"the artifact needs {package}: pip install {package}")
-    if name == "pergroup" and shutil.which("lrzip") is None:
-        raise UserError("COMPRESSOR=pergroup needs the program lrzip: apt-get install lrzip, or "
-                        "brew install lrzip, or set COMPRESSOR=ans")
+        require(importlib.util.find_spec(package.replace("-", "_")),
+                f"the artifact needs {package}: pip install {package}")
+    require(name != "pergroup" or shutil.which("lrzip"), "COMPRESSOR=pergroup needs the program "
+            "lrzip: apt-get install lrzip, or brew install lrzip, or set COMPRESSOR=ans")
 
 
 def _lrzip(data: bytes, options: str, limit: int) -> bytes:
@@ -3160,7 +3067,7 @@ def _ans_walk(cube: np.ndarray, index: int, states: int, least: int, n: int, cod
     for span in itertools.pairwise([e for e in edges if e < R] + [R]):
         at, x = _ans_rows(cube, span, tuple(map(float, setting)), trellis_bits(states), least,
                           energy, state, table, totals, coef, seen, codes, words, at, x)
-        _require(at >= 0, "ans: the words end before the integers")
+        require(at >= 0, "ans: the words end before the integers")
         if side and span[1] < R:
             new = seen[span[0]:span[1]]
             cov = cov + new.T @ new
@@ -3196,23 +3103,18 @@ def _ans_decode(stored: bytes, size: int, shapes: Sequence[Sequence[int]]) -> by
     """The `size` bytes that were encoded; an exception for what `_ans_encode` cannot have made."""
     M, (R, C) = len(shapes), shapes[0]
     index, states, least, span, x = ANS_HEAD.unpack_from(stored)
-    _require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
-             and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
-             "ans: sizes, setting or states do not agree")
+    require(size == M * R * C and shapes.count(shapes[0]) == M and least + span <= 127
+            and index in _ans_settings(M, R, C) and (states == 1 or states in TRELLISES),
+            "ans: sizes, setting or states do not agree")
     cube, x = np.zeros((M, R, C), np.int8), int.from_bytes(x, "little")
     words = np.frombuffer(stored, "<u2", -1, ANS_HEAD.size).astype(np.uint16)
     at, x = _ans_walk(cube, index, states, least, span + 1, np.zeros(0, np.uint32), words, x)
-    _require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
+    require(at == len(words) and x == 1 << 24, "ans: the integers end at another place")
     return cube.tobytes()
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise UserError(problem)
 
 
 def _nearest_walk(matrix: np.ndarray) -> np.ndarray:
@@ -3249,14 +3151,14 @@ def _encode_stream(job: tuple[str, str, str, dict[str, np.ndarray]],
 def _decode_stream(row: list, stored: bytes) -> dict[str, np.ndarray]:
     """The arrays of one directory row; UserError (or another) if anything does not agree."""
     group, codec, _, _, size, digest, pieces = row
-    _require(_digest(stored) == digest, f"stream {group!r}: hash differs")
+    require(_digest(stored) == digest, f"stream {group!r}: hash differs")
     raw = CODECS[codec][1](stored, size, [piece[3] for piece in pieces])
     arrays, order = {}, None
-    _require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
+    require(len(raw) == size, f"stream {group!r}: does not hold the {size} bytes declared")
     for name, kind, dtype, shape, start, length, digest in pieces:
         at, data = f"piece {name!r}", raw[start:start + length]
-        _require(len(data) == length, f"{at}: range outside its stream")
-        _require(_digest(data) == digest, f"{at}: hash differs")
+        require(len(data) == length, f"{at}: range outside its stream")
+        require(_digest(data) == digest, f"{at}: hash differs")
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
         array = array.reshape(shape[::-1]).T if kind in ("transposed", "walked") else array
         if kind == "order":
@@ -3273,27 +3175,23 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
     tensors: arrays or CPU torch tensors of the PIECE_DTYPES. roles: integer matrix -> one of
     ROLES; "ans" and "pergroup" compress each role by itself and the rest by brotli, the others all
-    in one stream. meta: what JSON holds. # idea: groups by role, the walk and ZPAQ: PR #1855
-    """
+    in one stream. meta: what JSON holds. idea: groups by role, the walk and ZPAQ: #1855."""
     groups, best, end, codec = {"rest": {}}, {}, 0, COMPRESSORS[compressor]
     states = int(tensors["trellis"][0]) if "trellis" in tensors else 1
     for name, array in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
         role = roles.get(name, "rest") if codec in ("ans", "lrzip") and array.size else "rest"
-        _require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
-                 array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
+        require(array.dtype.name in PIECE_DTYPES and (role == "rest" or role in ROLES and
+                array.ndim == 2), f"cannot store {name}: {array.dtype} {array.shape} as {role}")
         first = next(iter(groups.get(role, {}).values()), array)
         if codec == "ans" and not (array.dtype == np.int8 and array.shape == first.shape):
             role = "rest"
         groups.setdefault(role, {})[name] = array
-    jobs = [("rest", codec if codec in ("brotli", "lzma") else "brotli", "plain",
-             groups.pop("rest"))]
+    jobs = [("rest", "lzma" if codec == "lzma" else "brotli", "plain", groups.pop("rest"))]
     for group, arrays in ((role, groups[role]) for role in ROLES if role in groups):
-        if codec == "ans":
-            jobs.append((group, codec, "plain", arrays))
-            continue
-        jobs.append((group, codec, "transposed", arrays))
+        jobs.append((group, codec, "plain" if codec == "ans" else "transposed", arrays))
+        most = max(map(len, arrays.values()))
         # both ways are tried: for independent weights an order costs more than it saves
-        if group in WALKED_ROLES and max(map(len, arrays.values())) <= WALK_ROWS:
+        if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
@@ -3311,39 +3209,38 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     """(meta, [(stream's row, stored bytes)]): what the rows say about sizes agrees with itself."""
     check_compressor("brotli", packages=("brotli",))
-    _require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
-    _require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
+    require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
+    require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
     _, version, packed, raw, total, digest = HEADER.unpack_from(blob)
-    _require(version == FORMAT_VERSION, f"format {version}; this program reads {FORMAT_VERSION}")
-    _require(total == len(blob), f"truncated: header says {total} bytes, the file has {len(blob)}")
+    require(version == FORMAT_VERSION, f"format {version}; this program reads {FORMAT_VERSION}")
+    require(total == len(blob), f"truncated: header says {total} bytes, the file has {len(blob)}")
     end = base = HEADER.size + packed
-    _require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
+    require(_digest(blob[HEADER.size:base]) == digest.hex(), "directory: hash differs")
     meta, rows = json.loads(CODECS["brotli"][1](blob[HEADER.size:base], min(raw, 1 << 24)))
     sizes = [row[4] for row in rows]
-    _require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
-             "declares more bytes than are allowed")
+    require(min(sizes, default=0) >= 0 and sum(sizes) <= RAW_LIMIT,
+            "declares more bytes than are allowed")
     for group, codec, start, stored, size, _, pieces in rows:
-        _require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
-        _require(start == end - base and 0 <= stored <= total - end,
-                 f"stream {group!r}: range outside the file, or not where the one before ends")
+        require(codec in CODECS, f"stream {group!r}: unknown compressor {codec!r}")
+        require(start == end - base and 0 <= stored <= total - end,
+                f"stream {group!r}: range outside the file, or not where the one before ends")
         end += stored
         for name, kind, dtype, shape, _, length, _ in pieces:
-            _require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
-                     f"piece {name!r}: unknown {kind=}, {dtype=}")
-            _require(all(type(n) is int and n >= 0 for n in shape) and
-                     length == math.prod(shape) * np.dtype(dtype).itemsize,
-                     f"piece {name!r}: shape and size do not agree")
-        _require(sum(piece[5] for piece in pieces) == size,
-                 f"stream {group!r}: pieces of other size")
-    _require(end == total, "bytes at the end that belong to no stream")
+            require(kind in PIECE_KINDS and dtype in PIECE_DTYPES,
+                    f"piece {name!r}: unknown {kind=}, {dtype=}")
+            whole = all(type(n) is int and n >= 0 for n in shape)
+            require(whole and length == math.prod(shape) * np.dtype(dtype).itemsize,
+                    f"piece {name!r}: shape and size do not agree")
+        total_raw = sum(piece[5] for piece in pieces)
+        require(total_raw == size, f"stream {group!r}: pieces of other size")
+    require(end == total, "bytes at the end that belong to no stream")
     names = [piece[0] for row in rows for piece in row[6]]
-    _require(len(set(names)) == len(names), "two pieces have the same name")
-    _require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
+    require(len(set(names)) == len(names), "two pieces have the same name")
+    require(set(map(type, [meta, *names])) <= {dict, str}, "meta or a name is of a wrong type")
     return meta, [(row, blob[base + row[2]:base + row[2] + row[3]]) for row in rows]
 
 
-def decode_artifact(blob: bytes, source: str,
-                    check: Callable[[dict, dict], None] = lambda meta, pieces: None,
+def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pieces: None,
                     ) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, meta) as encoded. UserError, one line that begins with `source`, for a file that is
     damaged, truncated, of another version or foreign. Nothing in the file is executed, and nothing
@@ -3353,7 +3250,7 @@ def decode_artifact(blob: bytes, source: str,
         pieces = [piece for row, _ in streams for piece in row[6]]
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
-            _require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
+            require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
@@ -3414,12 +3311,9 @@ class ValSet(NamedTuple):
 
 def read_pieces(cfg: Config) -> list[str]:
     """The V pieces of the tokenizer at TOKENIZER_PATH, by id; control pieces in <>."""
-    import sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
-    if not Path(cfg.tokenizer_path).is_file():
-        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; these settings need "
-                        "the tokenizer's pieces: set it to the data's SentencePiece model")
-    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    sp = SentencePieceProcessor(model_file=cfg.tokenizer_path)
     return [f"<{i}>" if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
 
@@ -3438,31 +3332,24 @@ def piece_bytes(ids: np.ndarray, pieces: list[str]) -> np.ndarray:
 
 def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
-    folder = data_folder(cfg)
-    stream, sides = TokenStream(shard_paths(folder, "fineweb_val_*.bin")), []
+    stream, sides = load_split(cfg, "val"), []
     ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
     for path, shard in zip(stream.paths, stream.shards, strict=True):
         side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
         if not side.is_file() and not cfg.caseops_enabled and cfg.tokenizer_path:
             sides.append(piece_bytes(np.asarray(shard), read_pieces(cfg)))
             continue
-        if not side.is_file():
-            raise UserError(f"{side}: the byte sidecar of {path.name} is missing; without it there "
-                            "is no BPB: prepare the data again")
+        require(side.is_file(), f"{side}: the byte sidecar of {path.name} is missing; without it "
+                "there is no BPB: prepare the data again")
         sizes = open_shard(side)
-        if len(sizes) != len(shard):
-            raise UserError(f"{side}: {len(sizes)} byte counts for the {len(shard)} tokens of "
-                            f"{path.name}; prepare both again, together")
+        require(len(sizes) == len(shard), f"{side}: {len(sizes)} byte counts for the {len(shard)} "
+                f"tokens of {path.name}; prepare both again, together")
         sides.append(sizes)
-        wrong = np.flatnonzero((shard == BOS) & (sizes != 0))
-        if wrong.size:
-            raise UserError(f"{side}: position {wrong[0]} counts bytes for a BOS: not the sidecar "
-                            f"of {path.name}; prepare both again, together")
-    if ids[0] != BOS:
-        raise UserError(f"{stream.place(0)}: id {ids[0]}, but a document begins with BOS ({BOS})")
-    if len(ids) < cfg.eval_seq_len + 1:
-        raise UserError(f"{folder}: {len(ids)} validation tokens, less than one sequence of "
-                        f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
+        wrong = next(iter(np.flatnonzero((shard == BOS) & (sizes != 0))), None)
+        require(wrong is None, f"{side}: position {wrong} counts bytes for a BOS: not the sidecar "
+                f"of {path.name}; prepare both again, together")
+    require(len(ids) > cfg.eval_seq_len, f"{data_folder(cfg)}: {len(ids)} validation tokens, less "
+            f"than one sequence of EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
     tail = 0 if cfg.eval_include_tail else (len(ids) - 1) % cfg.eval_seq_len
     kept = slice(len(ids) - tail)
     return ValSet(ids[kept], np.concatenate(sides)[kept].astype(np.int32))
@@ -3472,10 +3359,9 @@ class Meter:
     """The one place where losses become val_loss and val_bpb: float64 sums on the device."""
 
     def __init__(self, rt: Runtime):
-        self.rt = rt
-        kind = torch.float64
-        self.nats, self.tokens, self.bytes = torch.zeros(3, dtype=kind, device=rt.device).unbind()
-        self.lengths = torch.zeros(32, 3, dtype=kind, device=rt.device)  # the sums by `file_under`
+        self.rt, kind = rt, {"dtype": torch.float64, "device": rt.device}
+        self.nats, self.tokens, self.bytes = torch.zeros(3, **kind).unbind()
+        self.lengths = torch.zeros(32, 3, **kind)  # the sums by `file_under`
 
     def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
         """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
@@ -3507,17 +3393,13 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
-    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens.
-
-    Row k goes to rank k mod world, so that the score does not depend on the world size. On a GPU
-    the last row is filled up with id 0, masked, to keep one shape."""
+    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens; row
+    k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
     length, meter = cfg.val_batch_tokens // 8, Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
         fill = (0, length - (end - begin) if rt.device.type == "cuda" else 0)
-        ids, targets = (
-            np.pad(val.ids[begin + k : end + k], fill) for k in (0, 1)
-        )
+        ids, targets = (np.pad(val.ids[begin + k : end + k], fill) for k in (0, 1))
         sizes = torch.from_numpy(np.pad(val.bytes[begin + 1 : end + 1], fill)).to(rt.device)
         row = make_row(ids, targets, cfg.eval_seq_len, rt.device)
         mask = torch.arange(len(ids), device=rt.device) < end - begin
@@ -3599,37 +3481,6 @@ def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.devi
     return rows
 
 
-def plan_windows(batch: list[Document], chunk: int, val: ValSet, cfg: Config,
-                 device: torch.device) -> Iterator[Window]:
-    """Targets [chunk*C, (chunk+1)*C) of every document, each with up to TTT_EVAL_SEQ_LEN tokens.
-
-    Batches rise in length, so the documents that reach the chunk are the last ones."""
-    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
-    step = max(1, WINDOW_TOKENS // min((chunk + 1) * C, most))
-    rows = running_rows(np.array([doc.targets for doc in batch]), chunk, cfg, device)
-    for row in range(len(batch) - rows, len(batch), step):
-        docs = batch[row : row + step]
-        ends = [min((chunk + 1) * C, doc.targets) for doc in docs]
-        starts = [max(0, end - most) for end in ends]
-        width = max(end - start for start, end in zip(starts, ends, strict=True))
-        width = min(-(-width // unit) * unit, most)
-        ids = np.zeros((len(docs), width), np.int64)
-        at, targets, sizes, mask = (np.zeros((len(docs), C), np.int64) for _ in range(4))
-        for b, (doc, start, end) in enumerate(zip(docs, starts, ends, strict=True)):
-            begin, n = doc.begin + chunk * C, max(0, end - chunk * C)
-            ids[b, : end - start] = val.ids[doc.begin + start : doc.begin + end]
-            at[b, :n] = np.arange(end - start - n, end - start)
-            targets[b, :n] = val.ids[begin + 1 : begin + n + 1]
-            sizes[b, :n] = val.bytes[begin + 1 : begin + n + 1]
-            mask[b, :n] = 1
-        trains = np.array([doc.targets > (chunk + 1) * C for doc in docs], np.float32)
-        first = np.array([doc.begin + chunk * C for doc in docs])
-        arrays = (ids, at, targets, sizes, mask.astype(bool), trains, first)
-        *tensors, first = (upload(x, device) for x in arrays)
-        where = slice(row, row + len(docs))
-        yield Window(where, *tensors, bool(trains.any()), int(mask.sum()), first)
-
-
 def for_batch(batch: list[Document], cfg: Config) -> Config:
     """The settings of a batch: the chunk goes by its longest document. idea: #2014"""
     fits = (int(chunk) for longest, chunk in cfg.short_chunks if batch[-1].targets <= longest)
@@ -3642,10 +3493,12 @@ def upload(x: np.ndarray, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
-                device: torch.device) -> Iterator[Window]:
-    """The same chunks for an adapter that runs every token once: one window each, in turn."""
-    C, unit = cfg.ttt_chunk_size, max(cfg.ttt_chunk_size, shape_step(cfg, device))
+def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.device,
+                 ring: int | None = None) -> Iterator[list[Window]]:
+    """For every chunk its windows: targets [chunk*C, (chunk+1)*C) of those documents, the batch's
+    last, that reach it. One with the chunk alone for an adapter that keeps `ring` tokens in Past,
+    else each with up to TTT_EVAL_SEQ_LEN tokens a document and about WINDOW_TOKENS in all."""
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
     counts = np.array([doc.targets for doc in batch])
     chunks = -(-int(counts[-1]) // C)
     text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
@@ -3656,12 +3509,24 @@ def plan_stream(batch: list[Document], val: ValSet, cfg: Config,
     begins = upload(np.array([doc.begin for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
-        at = chunk * C
-        rows = slice(len(batch) - running_rows(counts, chunk, cfg, device), len(batch))
-        new, late = slice(at + 2, at + C + 2), left[rows] - at
-        yield Window(rows, ids[rows, at : at + C + 1], numbers[chunk], ids[rows, new],
-                     sizes[rows, new], late > 0, (late[:, 0] > C).float(), chunk + 1 < chunks,
-                     int((counts - at).clip(0, C).sum()), begins[rows] + at, -(-at // unit) * unit)
+        at, windows = chunk * C, []
+        step = max(1, WINDOW_TOKENS // min(at + C, most)) if ring is None else len(batch)
+        for row in range(len(batch) - running_rows(counts, chunk, cfg, device), len(batch), step):
+            rows = slice(row, min(row + step, len(batch)))
+            new, late, targets = slice(at + 2, at + C + 2), left[rows] - at, counts[rows] - at
+            seen, where = ids[rows, at : at + C + 1], numbers[chunk]
+            if ring is None:
+                end = left[rows, :1].clamp(max=at + C)
+                start = (end - most).clamp(min=0)
+                width = -(-min(int(counts[rows].max()), at + C) // unit) * unit
+                read = start + torch.arange(min(width, most), device=device)
+                seen = ids[rows].gather(1, (read + 1).clamp(max=chunks * C + 1)) * (read < end)
+                where = (at - start + torch.arange(C, device=device)) * (late > 0)
+            windows.append(Window(
+                rows, seen, where, ids[rows, new], sizes[rows, new], late > 0,
+                (late[:, 0] > C).float(), bool((targets > C).any()), int(targets.clip(0, C).sum()),
+                begins[rows] + at, min(ring or 0, -(-at // unit) * unit)))
+        yield windows
 
 
 class Scored:
@@ -3677,6 +3542,8 @@ class Adapter:
 
     `rules` (§13) may put other losses into the score; what is learnt from are the model's."""
 
+    ring = None  # tokens that are kept of earlier chunks
+
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
                  rules: Any = None):
         self.forward, self.cfg, self.rt, self.rules = forward, cfg, rt, rules
@@ -3686,8 +3553,7 @@ class Adapter:
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr * cfg.ttt_local_lr_mult,
             betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=rt.device.type == "cuda", capturable=rt.device.type == "cuda",
-        )
+            fused=rt.device.type == "cuda", capturable=rt.device.type == "cuda")
 
     def reset(self, anew: bool = False) -> None:
         """For the next documents: B and the moments to zero, A as TTT_WARM_START_A says unless all
@@ -3723,9 +3589,7 @@ class Adapter:
 
     def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
         """For every chunk of a batch its windows, usually one."""
-        cfg = for_batch(batch, self.cfg)
-        for chunk in range(-(-batch[-1].targets // cfg.ttt_chunk_size)):
-            yield list(plan_windows(batch, chunk, val, cfg, self.rt.device))
+        return plan_windows(batch, val, for_batch(batch, self.cfg), self.rt.device, self.ring)
 
     def run(self, windows: list[Window], meter: Meter) -> None:
         """A chunk: every window scored, then learnt from; then one step."""
@@ -3743,27 +3607,21 @@ class Adapter:
             self.run(windows, meter)
             return
         tensors = {n: x for n, x in window._asdict().items() if isinstance(x, Tensor)}
-        self.recorder(
-            (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
-             window.reach),
-            lambda *xs: self.run([window._replace(**dict(zip(tensors, xs, strict=True)))], meter),
-            list(tensors.values()))
+        key = (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
+               window.reach)
+        self.recorder(key, lambda *xs: self.run(
+            [window._replace(**dict(zip(tensors, xs, strict=True)))], meter), [*tensors.values()])
 
 
 class Streamed(Adapter):
-    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past.
-
-    The plain adapter runs a document of n targets through about n^2 / 2C tokens; this one n."""
+    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past. For
+    a document of n targets the plain adapter runs about n^2 / 2C tokens, this one n."""
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
                  rules: Any = None):
         super().__init__(forward, cfg, rt, batch, init, rules)
         self.past = Past(cfg, batch, rt.device, rt.dtype)
-
-    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
-        """One window a chunk; far into a document all of the ring is looked at."""
-        for window in plan_stream(batch, val, self.cfg, self.rt.device):
-            yield [window._replace(reach=min(window.reach, self.past.ring))]
+        self.ring = self.past.ring  # far into a document all of it is looked at
 
     def losses(self, window: Window) -> Tensor:
         """Of the chunk alone, which sees the chunks before it."""
@@ -3805,9 +3663,8 @@ def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
          world: int) -> list[list[list[int]]]:
     """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
 
-    A free rank takes the next batch, and a round ends where the batches completed hold the
-    boundary's documents (those begun are finished first): #1855's queue, played through with
-    planned costs instead of clocks, so that a run can be repeated."""
+    A free rank takes the next batch; a round ends where the batches completed hold the boundary's
+    documents (those begun are finished first): #1855's queue, with planned costs for clocks."""
     left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
     while left:
         hands = [[] for _ in range(world)]
@@ -3870,10 +3727,9 @@ def frozen_gradients(model: GPT, blocks: int) -> Iterator[Tensor]:
 
 def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
-    """One pass of SGD on ALL base weights over documents that are scored already; returns steps.
-
-    GLOBAL_TTT_OPTIMIZER=adamw: of AdamW (0.9, 0.999) without decay. The sequences of a step are
-    shared out over the ranks; its gradient is that of their mean."""
+    """One pass of SGD, or of AdamW (0.9, 0.999) without decay, on ALL base weights over documents
+    that are scored already; returns steps. The ranks share out the sequences of a step; its
+    gradient is that of their mean."""
     tokens = np.concatenate([val.ids[doc.begin : doc.end] for doc in scored])
     params = list(model.parameters())
     optimiser = (torch.optim.AdamW(params, weight_decay=0) if cfg.global_ttt_optimizer == "adamw"
@@ -3889,9 +3745,8 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                            documents=cfg.global_ttt_respect_doc_boundaries)
             loss = model(row.ids, row.targets, row.segments, True).sum() / (count * length)
             loss.backward()
-        if rt.world > 1:
-            for p in params:
-                dist.all_reduce(p.grad)
+        for p in params:
+            rt.sum_(p.grad)
         for grad in frozen_gradients(model, cfg.ttt_freeze_blocks):
             grad.zero_()
         if cfg.global_ttt_grad_clip:
@@ -3899,16 +3754,14 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
         optimiser.param_groups[0]["lr"] = lr
         optimiser.step()
         steps += 1
-    for p in params:
-        p.grad = None
+    optimiser.zero_grad()
     return steps
 
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
                  init: Callable | None = None, rules: Any = None) -> Score:
-    """The headline evaluation: documents longest first, adapters a document, global phases between.
-
-    At a boundary all ranks have scored what the plan says and train on that. `rules`: see §13."""
+    """The headline evaluation: documents longest first, adapters a document, global phases between,
+    which train on what all ranks have scored by then. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
     documents = [Document(*d) for d in val.documents()]
@@ -3924,9 +3777,9 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
     kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
     begin = kept.at if kept else (0, 0)  # (round, batch of this rank) at which a killed run goes on
+    if kept and kept.warm:
+        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
     if kept:
-        if kept.warm:
-            adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
         kept.restore(adapter)
     del boundaries[: begin[0]]
     for r, hands in list(enumerate(rounds))[begin[0]:]:
@@ -3936,12 +3789,11 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
             if kept:
                 kept.save((r, k), adapter)
             batch = batches[number]
-            if adapter is None or len(batch) != cfg.ttt_batch_size:
-                used = make(model, cfg, rt, len(batch), init, rules)
-                adapter = used if len(batch) == cfg.ttt_batch_size else adapter
-            else:
-                used = adapter
-                used.reset()
+            whole = len(batch) == cfg.ttt_batch_size
+            if whole and adapter:
+                adapter.reset()
+            used = whole and adapter or make(model, cfg, rt, len(batch), init, rules)
+            adapter = used if whole else adapter
             with frozen(model):
                 score_batch(used, batch, val, meter, advance)
             meter.file_under(batch[-1].targets)
@@ -3960,19 +3812,16 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
 
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
-    """Read the artifact back and score it: plainly, then with phased test-time training.
-
-    The rules' tables are built while the artifact is scored plainly."""
+    """Read the artifact back and score it: plainly, while the rules' tables are built, then with
+    phased test-time training."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
+    require(path.is_file(), f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
 
     def check(made: dict, pieces: dict) -> None:
         for name, value in cfg.architecture().items():
-            if made.get(name) != value:
-                raise UserError(f"made with {name.upper()}={made.get(name)}, the settings say "
-                                f"{value}; use the settings it was made with")
+            require(made.get(name) == value, f"made with {name.upper()}={made.get(name)}, the "
+                    f"settings say {value}; use the settings it was made with")
         check_pieces(pieces, model)
 
     blob = path.read_bytes()
@@ -4058,9 +3907,8 @@ def counts_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> np.ndarr
 
 
 def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What each entry finds in its context: (most frequent y so far, its count, total count).
-
-    Of equals the one that got there first. Entries without `learn` look, and leave nothing."""
+    """What each entry finds in its context: (most frequent y so far, of equals the first to get
+    there, its count, total count). Entries without `learn` look, and leave nothing."""
     n, first = len(run), run_starts(run)
     at = np.arange(n)
     count = np.where(learn, counts_before(run, y, learn) + 1, 0)
@@ -4115,11 +3963,10 @@ def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
     probability inside that class only. NGRAM_TARGET_GATE=1, as published: a hint about a class is
     given where the token to be scored is of that class, and moves probability anywhere."""
     ids, y = ids[:-1], ids[1:]
-    at, experts = np.arange(len(ids)), []
-    first = np.maximum(at - (cfg.token_order - 2), 0)
-    found = contexts(ids, first, at[cfg.token_order - 2 :])
+    at = np.arange(len(ids))
+    found = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
     # what each learns from and hints at: targets of its class, a row of `token_classes`
-    experts.append((*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0))
+    experts = [(*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0)]
     if pieces:
         start, closed, classes = token_classes(pieces)
         both = word_contexts(ids, start, closed, cfg, pieces)
@@ -4255,21 +4102,21 @@ class ScoreRules:
         self.classes, self.kinds = torch.from_numpy(classes).to(rt.device), ()
         if cfg.ngram_tilt_enabled:
             self.kinds = torch.int32, torch.float32, torch.uint8
-            job = tilt_table, pieces, rt.log
         elif cfg.ngram_mixer:
-            job = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer],)
             self.kinds = (torch.float32,)
         self.built = None
         if self.kinds and rt.rank == 0:
-            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, *job)
+            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, pieces)
 
-    def build(self, ids: np.ndarray, make: Callable, *more: Any) -> list[Tensor]:
-        """The tables, on the host, and how long they took."""
-        started, made = time.perf_counter(), make(ids, self.cfg, *more)
-        name = "mixer" if self.cfg.ngram_mixer else "tilt"
-        self.rt.log(f"ngram_{name}:precompute_done elapsed={time.perf_counter() - started:.1f}s "
-                    f"total_targets={self.count}")
-        tables = made if isinstance(made, tuple) else (made,)
+    def build(self, ids: np.ndarray, pieces: list[str] | None) -> list[Tensor]:
+        """The tables, on the host; logs how long they took."""
+        started, cfg = time.perf_counter(), self.cfg
+        if cfg.ngram_tilt_enabled:
+            tables = tilt_table(ids, cfg, pieces, self.rt.log)
+        else:
+            tables = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer](ids, cfg),)
+        self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
+                    f"{time.perf_counter() - started:.1f}s total_targets={self.count}")
         return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
 
     def wait(self) -> None:
@@ -4306,11 +4153,6 @@ class ScoreRules:
         if cfg.ngram_tilt_enabled:
             return tilt(losses, logp, window.targets, *found, self.classes)
         return mix(losses, logp, *found, t, cfg) if cfg.ngram_mixer else losses
-
-
-def pick(h: Tensor, at: Tensor) -> Tensor:
-    """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
-    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
 
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
@@ -4395,9 +4237,8 @@ def batched(rows: list[Row], most: int) -> list[Row]:
 
 def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
              momentum: float) -> Tensor:
-    """Forward and backward of this rank's rows, then one update.
-
-    Returns [mean loss of this rank, gradient norm over all ranks] on the device."""
+    """Forward and backward of this rank's rows, then one update. Returns, on the device, [mean loss
+    of this rank, gradient norm over all ranks]."""
     rows = batched(rows, MICRO_BATCH if rows[0].ids.is_cuda else 0)
     total, stack, params = torch.zeros((), device=rows[0].ids.device), [], optimisers.params
     for k, row in enumerate(rows):
@@ -4446,9 +4287,8 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
     seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
     seconds = rt.sync_clock(seconds)
     rt.log(f"calibration: {seconds:.1f}s of training reserved")
-    if seconds > cfg.max_wallclock_seconds / 2:
-        raise UserError(f"calibration needs {seconds:.0f}s of MAX_WALLCLOCK_SECONDS="
-                        f"{cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
+    require(seconds <= cfg.max_wallclock_seconds / 2, f"calibration needs {seconds:.0f}s of "
+            f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
     return replace(cfg, gptq_reserve_seconds=seconds)
 
 
@@ -4501,9 +4341,8 @@ def start_clock(cfg: Config) -> dict[str, float]:
 
 def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
-    the seconds that calibration has left of the budget.
-
-    The loss of a step is looked at while the next one runs, so the check costs no pause."""
+    the seconds that calibration has left of the budget. A step's loss is checked during the next
+    one, without a pause."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
     ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
@@ -4575,8 +4414,7 @@ def save_state(state: Mapping[str, Tensor], path: Path) -> None:
 
 def load_state(model: GPT, path: Path) -> None:
     """A final_model.pt (ours or #1855's) into the model; UserError where it does not fit."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; train first, or set ARTIFACT_DIR")
+    require(path.is_file(), f"{path}: no such file; train first, or set ARTIFACT_DIR")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in dict(state).items()):
@@ -4584,12 +4422,11 @@ def load_state(model: GPT, path: Path) -> None:
     except Exception as error:  # damaged files make the reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); train again") from None
-    want = {name: p.shape for name, p in model.state_dict().items()}
-    for name in sorted(want.keys() | state.keys()):
-        have = state[name].shape if name in state else None
-        if have != want.get(name):
-            raise UserError(f"{path}: {name}: file has {have and list(have)}, the settings ask for "
-                            f"{want.get(name) and list(want[name])}; use the model's own settings")
+    have, want = ({name: list(p.shape) for name, p in tensors.items()}
+                  for tensors in (state, model.state_dict()))
+    for name in sorted(want.keys() | have.keys()):
+        require(have.get(name) == want.get(name), f"{path}: {name}: file has {have.get(name)}, the "
+                f"settings ask for {want.get(name)}; use the model's own settings")
     model.load_state_dict(state)
 
 
@@ -4677,16 +4514,13 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
 
 def changed(cfg: Config) -> dict[str, str]:
     """The settings that differ from the defaults, as the environment would hold them."""
-    pairs = ((f, getattr(cfg, f.name)) for f in fields(cfg))
-    return {
-        f.name.upper(): str(int(v) if f.type is bool else v) for f, v in pairs if v != f.default
-    }
+    found = ((name, f, getattr(cfg, f.name)) for name, f in SETTINGS.items())
+    return {name: str(int(x) if f.type is bool else x) for name, f, x in found if x != f.default}
 
 
 def baked(source: str, cfg: Config) -> str:
     """The program with this run's settings as its defaults, so that it scores without a preset."""
-    own = {"RUN_ID", "ARTIFACT_DIR", "TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY",
-           "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
+    own = NOT_OF_A_RUN | {"TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY"}
     given = {name: text for name, text in changed(cfg).items() if name not in own}
     line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
     assert len(line.findall(source)) == 1
@@ -4695,9 +4529,8 @@ def baked(source: str, cfg: Config) -> str:
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
          noise: dict[str, Tensor], folder: Path) -> None:
-    """Quantise, compress and write the two files that count, and log what they weigh.
-
-    noise: `sensitivities`, for QUANTISER=tcq."""
+    """Quantise, compress and write the two files that count, and log what they weigh. noise:
+    `sensitivities`, for QUANTISER=tcq."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
@@ -4719,18 +4552,17 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
     write_atomic(folder / ARTIFACT_FILE, blob)
     write_atomic(folder / PROGRAM_FILE, program)
     quantised = time.perf_counter() - started - seconds
-    rt.record.update(quantisation_seconds=round(quantised, 3),
-                     compression_seconds=round(seconds, 3))
+    groups, total = artifact_report(blob), len(blob) + len(program)
+    rt.record.update(
+        quantisation_seconds=round(quantised, 3), compression_seconds=round(seconds, 3),
+        bytes={"model": len(blob), "code": len(program), "total": total,
+               "groups": groups, "compressor": cfg.compressor,
+               "sha256": {ARTIFACT_FILE: hashlib.sha256(blob).hexdigest(),
+                          PROGRAM_FILE: hashlib.sha256(program).hexdigest()}})
     rt.log(f"quantisation {quantised:.1f}s compression {seconds:.1f}s")
-    rt.record["bytes"] = {
-        "model": len(blob), "code": len(program), "total": len(blob) + len(program),
-        "groups": artifact_report(blob), "compressor": cfg.compressor,
-        "sha256": {ARTIFACT_FILE: hashlib.sha256(blob).hexdigest(),
-                   PROGRAM_FILE: hashlib.sha256(program).hexdigest()}}
-    rt.log(f"artifact bytes by group: {json.dumps(artifact_report(blob))}")
+    rt.log(f"artifact bytes by group: {json.dumps(groups)}")
     rt.log(f"Code size: {len(program)} bytes")
     rt.log(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
-    total = len(blob) + len(program)
     rt.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
     if (over := total - cfg.artifact_budget_bytes) > 0:
         rt.log(f"warning: {over} bytes over ARTIFACT_BUDGET_BYTES={cfg.artifact_budget_bytes}")
@@ -4781,9 +4613,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             train_and_pack(cfg, rt, model, folder)
         if not cfg.prequant_only and not audit:
             score_artifact(cfg, rt, model, folder, make_rules)
-    illegal = ""
-    if cfg.legality_check and not cfg.prequant_only:
-        illegal = extra("legality").audit(cfg, rt, folder)
+    checked = cfg.legality_check and not cfg.prequant_only
+    illegal = extra("legality").audit(cfg, rt, folder) if checked else ""
     if rt.keeper:
         rt.keeper.finish()
     if rt.lifeline:
@@ -4792,8 +4623,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     rt.record["peak_memory_mib"] = peak >> 20
     rt.log(f"peak memory allocated: {peak >> 20} MiB")
     rt.log(json.dumps({"result": {**rt.record, "complete": True}}))
-    if illegal:
-        raise UserError(illegal)
+    require(not illegal, illegal)
 
 
 def is_first_to_fail() -> bool:

@@ -17,16 +17,16 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,832: the
+# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,662: the
 # record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 69), 1: ("Config", 425), 2: ("Runtime", 159), 3: ("Kernels", 719),
-    4: ("Attention", 137), 5: ("Model", 419), 6: ("Optimisers", 217), 7: ("Data", 238),
-    8: ("Quantisation", 581), 9: ("Artifact", 434), 10: ("Evaluation", 142),
-    11: ("Test-time training", 462), 12: ("N-gram", 216), 13: ("SLOT", 103), 14: ("Training", 274),
-    15: ("Main", 237),
+    0: ("Header", 66), 1: ("Config", 421), 2: ("Runtime", 154), 3: ("Kernels", 719),
+    4: ("Attention", 137), 5: ("Model", 396), 6: ("Optimisers", 207), 7: ("Data", 209),
+    8: ("Quantisation", 563), 9: ("Artifact", 423), 10: ("Evaluation", 127),
+    11: ("Test-time training", 429), 12: ("N-gram", 214), 13: ("SLOT", 98), 14: ("Training", 269),
+    15: ("Main", 230),
 }
-MOST_LINES = 4832
+MOST_LINES = 4662
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {

@@ -60,8 +60,10 @@ def test_windows_against_a_loop_over_documents(chunk, context):
     docs = documents_of(val)
     scored = np.zeros(len(val.ids), int)
     for batch in t.document_batches(docs, 5):
-        for c in range(max(-(-d.targets // chunk) for d in batch)):
-            (w,) = t.plan_windows(batch, c, val, cfg, CPU)
+        plan = list(t.plan_windows(batch, val, cfg, CPU))
+        assert len(plan) == max(-(-d.targets // chunk) for d in batch)
+        for c in range(len(plan)):
+            (w,) = plan[c]
             reach = [doc for doc in batch if doc.targets > c * chunk]
             assert batch[w.rows] == reach
             assert w.ids.shape[1] <= context and w.at.shape == (len(reach), chunk)
@@ -199,7 +201,7 @@ def test_learn_takes_only_what_was_scored():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([30, 30])
     adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    (window,) = t.plan_windows(one_batch(val), 0, val, cfg, CPU)
+    (window,) = next(t.plan_windows(one_batch(val), val, cfg, CPU))
     for wrong in (window, torch.zeros(2, 8, requires_grad=True), None):
         with pytest.raises((AttributeError, TypeError)):
             adapter.learn(wrong)
@@ -223,7 +225,7 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
     second = {n: torch.zeros_like(p) for n, p in want.items()}
     batch = one_batch(val)
     for chunk in range(2):
-        (window,) = t.plan_windows(batch, chunk, val, cfg, CPU)
+        (window,) = list(t.plan_windows(batch, val, cfg, CPU))[chunk]
         trains = [[0, 1, 1], [0, 1]][chunk]
         assert window.trains.tolist() == trains
         segments = t.Segments.batch(*window.ids.shape, CPU)
@@ -248,7 +250,7 @@ def test_nobody_left_to_train_keeps_no_graph():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([7, 5])
     adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    (window,) = t.plan_windows(one_batch(val), 0, val, cfg, CPU)
+    (window,) = next(t.plan_windows(one_batch(val), val, cfg, CPU))
     assert not window.updates
     assert not adapter.score(window, Recorder()).losses.requires_grad
 

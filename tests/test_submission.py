@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import submission as s
+from train_gpt import NOT_OF_A_RUN
 
 LOG = """program: train_gpt.py sha256:abc
 Hyperparameters:
@@ -135,6 +136,10 @@ def test_another_program_is_refused(tmp_path):
     program.write_text("pass\n")
     with pytest.raises(s.UserError, match="written by another program"):
         s.build([path], program=program)
+
+
+def test_what_is_not_of_a_run_is_not_of_a_submission():
+    assert NOT_OF_A_RUN <= s.FREE  # submission.py needs no torch, so it says them again
 
 
 def test_comparison_by_hand(tmp_path):
