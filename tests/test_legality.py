@@ -351,6 +351,23 @@ def test_row_08_prequant(program, monkeypatch):
     assert any(x.startswith("causality (ttt)") for x in found_in())
 
 
+def test_row_08_order_of_processing_with_rules(monkeypatch):
+    """Learnt from before all else: the document that comes first in the stream and is scored last.
+    To a table of n-grams it is earlier; to the weights it is not."""
+    score = t.score_phased
+
+    def early(model, val, cfg, rt, **rules):
+        first = t.Document(*val.documents()[0])
+        t.train_globally(model, [first] * 20, val, cfg, rt)
+        return score(model, val, cfg, rt, **rules)
+    monkeypatch.setattr(t, "score_phased", early)
+    bench, lines = bench_of(tiny(ngram_mixer="exact")), []
+    found = legality.findings(bench, val_set([12, 6, 30, 28, 25, 20, 30]), lines.append)
+    assert any(x.check == "causality (ttt)" and "the last document in processing order" in str(x)
+               for x in found)
+    assert "n-gram tables may remember documents" in lines[0]
+
+
 def test_row_09_slot(monkeypatch):
     """A chunk's own loss is stepped on before the chunk is scored."""
     score = t.Adapter.score
