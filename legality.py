@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +25,7 @@ import train_gpt as t
 from submission import LIMIT_BYTES, LIMIT_SECONDS
 
 DOCUMENTS, CHUNKS = 10, 2.5  # of the sample: how many documents, chunks of each
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of a sum of probabilities
-PATIENCE = 25.0  # seconds for the slow way of adding up a distribution
+BUCKETS = 256  # of a hashed table: a sample fills it as the whole set fills millions
 
 
 class Illegal(t.UserError):
@@ -148,11 +148,13 @@ def digest(forward: Callable) -> str:
 
 @contextlib.contextmanager
 def patched(functions: dict[str, Callable], owner: Any = t) -> Iterator[None]:
-    """Inside, owner.NAME(...) is function(the original, ...)."""
+    """Inside, t.NAME(...) is function(the original, ...); a class's object.NAME(...) is
+    function(object, the original, ...)."""
     originals = {name: getattr(owner, name) for name in functions}
     for name, function in functions.items():
         setattr(owner, name, functools.partial(function, originals[name]) if owner is t else
-                functools.partialmethod(function, originals[name]))
+                lambda self, *args, function=function, name=name, **more: function(
+                    self, originals[name], *args, **more))
     try:
         yield
     finally:
@@ -179,18 +181,30 @@ class Ledger:
         self.losses: dict[int, float] = {}
         self.call_of: dict[int, int] = {}
         self.calls, self.version, self.problems = 0, 0, []
-        self.latest, self.logits = None, []  # of the last forward; of every target that counts
+        self.latest, self.logits = None, {}  # of the last forward; of every target that counts
 
     def add(self, meter: t.Meter, original: Callable, losses: Any, sizes: Any, mask: Any) -> None:
         """In place of Meter.add; `sizes` holds the targets' indices."""
         self.calls += 1
         if self.latest is not None:
-            self.logits.append(self.latest[mask.flatten()])
+            rows = self.latest.flatten(0, 1)[mask.flatten()]
+            self.logits.update(zip(sizes[mask].tolist(), rows, strict=True))
         for index, loss in zip(sizes[mask].tolist(), losses.detach()[mask].tolist(), strict=True):
             if index in self.losses:
                 self.problems.append((index, f"scored again at version {self.version}"))
             self.losses[index], self.call_of[index] = loss, self.calls
         original(meter, losses, sizes, mask)
+
+    def forward(self, model: t.GPT, original: Callable, ids: Any, targets: Any, segments: Any,
+                looped: bool, lora: Any = None, at: Any = None, past: Any = None,
+                read: Any = None) -> torch.Tensor:
+        """In place of GPT.forward: the logits, by the plain product, of what it scores."""
+        def keep(h: torch.Tensor) -> None:
+            with torch.no_grad():
+                self.latest = model.logits(h if at is None else t.pick(h, at), lora)
+            if read:
+                read(h)
+        return original(model, ids, targets, segments, looped, lora, at, past, keep)
 
     def learn(self, adapter: t.Adapter, original: Callable, scored: t.Scored) -> None:
         """In place of Adapter.learn: the gradient of targets that must be in the ledger."""
@@ -226,6 +240,12 @@ class Quiet(t.Runtime):
         """Nothing: the sample is scored many times."""
 
 
+class Exact(Quiet):
+    """The same, all numbers in float32."""
+
+    dtype = torch.float32
+
+
 @dataclass
 class Bench:
     """The artifact and how it is scored, on samples."""
@@ -235,40 +255,34 @@ class Bench:
     model: t.GPT
     weights: dict[str, torch.Tensor]
 
-    def run(self, path: str, val: t.ValSet, cfg: t.Config | None = None,
-            follow: bool = True, ledger: Ledger | None = None) -> tuple[Ledger, t.Score]:
-        """Score `val` by one path (plain or ttt) from the artifact's weights; with `follow` byte
-        counts are replaced by indices."""
-        cfg, ledger = cfg or self.cfg, ledger or Ledger()
-        self.model.load_state_dict(self.weights)
+    def run(self, path: str, val: t.ValSet, cfg: t.Config | None = None, follow: bool = True,
+            tables: t.ValSet | None = None, logits: bool = False) -> tuple[Ledger, t.Score]:
+        """Score `val` by one path (plain or ttt) from the artifact's weights. With `follow` byte
+        counts are replaced by indices; rules may look things up in another set's `tables`; with
+        `logits` the ledger gets those, too."""
+        cfg, ledger, model = cfg or self.cfg, Ledger(), self.model
+        model.load_state_dict(self.weights)
         if follow:
             val = val._replace(bytes=np.arange(len(val.ids), dtype=np.int32))
+        spies = [(t.Meter, "add"), (t.Adapter, "learn"), (t.Adapter, "step"),
+                 (t, "train_globally")] * follow + [(t.GPT, "forward")] * logits
         with contextlib.ExitStack() as stack:
-            enter = stack.enter_context
-            if follow:
-                enter(patched_method(t.Meter, "add", ledger.add))
-                enter(patched_method(t.Adapter, "learn", ledger.learn))
-                enter(patched_method(t.Adapter, "step", ledger.step))
-                enter(patched({"train_globally": ledger.train_globally}))
+            for owner, name in spies:
+                stack.enter_context(patched({name: getattr(ledger, name)}, owner))
             if path == "plain":
-                score = t.evaluate(self.model, val, cfg, self.rt)
-            else:
-                rules = t.make_rules(cfg, self.rt, self.model, val)
-                if rules:
-                    rules.wait()
-                score = t.score_phased(self.model, val, cfg, self.rt, rules=rules)
-        return ledger, score
+                return ledger, t.evaluate(model, val, cfg, self.rt)
+            rules = t.make_rules(cfg, self.rt, model, tables or val)
+            if rules:
+                rules.wait()
+            return ledger, t.score_phased(model, val, cfg, self.rt, rules=rules)
 
-
-@contextlib.contextmanager
-def patched_method(owner: type, name: str, function: Callable) -> Iterator[None]:
-    """Inside, object.name(...) is function(object, the original, ...)."""
-    original = getattr(owner, name)
-    setattr(owner, name, lambda self, *args: function(self, original, *args))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+    def exact(self) -> "Bench":
+        """The same model in float32, by functions of PyTorch where others lack that type."""
+        if self.rt.dtype == torch.float32:
+            return self
+        rt = Exact(0, 1, self.rt.device)
+        model = t.GPT(self.cfg, t.attend_sdpa, rt.dtype).to(rt.device)
+        return replace(self, rt=rt, model=model)
 
 
 def sample_of(val: t.ValSet, cfg: t.Config) -> t.ValSet:
@@ -292,6 +306,7 @@ def small(cfg: t.Config) -> t.Config:
         cfg, compile=False, checkpoint_every_seconds=0.0, ttt_batch_size=2,
         phased_ttt_prefix_docs=docs, phased_ttt_num_phases=2, eval_seq_len=32,
         global_ttt_chunk_tokens=64, global_ttt_batch_seqs=2, ngram_min_tokens=0,
+        ngram_buckets=min(cfg.ngram_buckets, BUCKETS), slot_context=min(cfg.slot_context, 16),
         val_batch_tokens=8 * int(3 * CHUNKS * cfg.ttt_chunk_size))
 
 
@@ -307,6 +322,7 @@ def place(index: int, val: t.ValSet) -> str:
     return f"target {index} (document {number} of the sample, token {index - begin})"
 
 
+Said = Iterator[tuple[str, str]]  # what a check yields: (where and what, the remedy)
 SETTINGS_OF = {"plain": "VAL_BATCH_TOKENS, EVAL_SEQ_LEN, SMEAR_GATE_ENABLED",
                "ttt": "TTT_*, PHASED_TTT_*, GLOBAL_TTT_*"}
 
@@ -330,14 +346,14 @@ def free_of(indices: list[int], val: t.ValSet) -> np.ndarray:
     return free
 
 
-def check_causality(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
+def check_causality(bench: Bench, path: str, val: t.ValSet) -> Said:
     """Change later tokens: whatever was scored before one of them is read must not move a bit."""
     base, _ = bench.run(path, val)
     order = sorted(base.call_of, key=lambda i: (base.call_of[i], i))
     text = [i for i in order if val.ids[i] != t.BOS]
     if not text:
-        return [Finding(f"causality ({path})", "nothing was scored", SETTINGS_OF[path],
-                        "score every target through Meter.add")]
+        yield "nothing was scored", "score every target through Meter.add"
+        return
     doc = np.cumsum(val.ids == t.BOS)
     first_doc, last_doc = ([i for i in text if doc[i] == doc[text[end]]] for end in (0, -1))
     half = len(val.ids) // 2
@@ -346,177 +362,216 @@ def check_causality(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
         "a target in the middle": [text[len(text) // 2]],
         "the last document in processing order": last_doc,
         "the suffix of the stream": [i for i in range(half, len(val.ids)) if val.ids[i] != t.BOS]}
-    found = []
     for what, indices in changes.items():
-        if not any(i in base.call_of for i in indices):  # none is scored: check_ledger says so
-            continue
-        other, _ = bench.run(path, changed_ids(val, np.array(indices)))
-        first = min(base.call_of[i] for i in indices if i in base.call_of)
-        free = free_of(indices, val)
-        # tables of n-grams know the stream: to them only what stands before the change is earlier
-        horizon = min(indices) if remembers(bench.cfg, path) else len(val.ids)
-        moved = [i for i in order if i < horizon and base.losses[i] != other.losses.get(i) and (
-            base.call_of[i] < first or base.call_of[i] == first and free[i])]
+        first = min((base.call_of[i] for i in indices if i in base.call_of), default=0)
+        free, moved = free_of(indices, val), []
+        # With n-gram tables as they were the rest must hold in the order of processing; those
+        # themselves know the stream: to them only what stands before the change is earlier.
+        runs = [(val, len(val.ids))] + [(None, min(indices))] * remembers(bench.cfg, path)
+        for tables, horizon in runs:
+            other, _ = bench.run(path, changed_ids(val, np.array(indices)), tables=tables)
+            moved = moved or [
+                i for i in order if i < horizon and base.losses[i] != other.losses.get(i) and (
+                    base.call_of[i] < first or base.call_of[i] == first and free[i])]
         if moved:
-            found.append(Finding(
-                f"causality ({path})", f"changing {what} changes the score of "
-                f"{place(moved[0], val)}, given before ({len(moved)} scores in all)",
-                SETTINGS_OF[path], "let a score depend on the artifact and earlier tokens only"))
-    return found
+            yield (f"changing {what} changes the score of {place(moved[0], val)}, given before "
+                   f"({len(moved)} scores in all)",
+                   "let a score depend on the artifact and earlier tokens only")
 
 
-def check_ledger(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
+def check_ledger(bench: Bench, path: str, val: t.ValSet) -> Said:
     """Every target once, learnt from only afterwards; bytes and targets are the data's."""
     ledger, _ = bench.run(path, val)
     _, score = bench.run(path, val, follow=False)
-    check, found = f"ledger ({path})", []
     for index, problem in ledger.problems[:3]:
-        found.append(Finding(check, f"{place(index, val)}: {problem}", SETTINGS_OF[path],
-                             "score every target once, then learn from it"))
+        yield f"{place(index, val)}: {problem}", "score every target once, then learn from it"
     left = [i for i in range(1, len(val.ids)) if i not in ledger.losses]
     if left:
-        found.append(Finding(check, f"{place(left[0], val)} is not scored ({len(left)} in all)",
-                             SETTINGS_OF[path], "score the whole set"))
-    want = int(val.bytes[1:].sum()), len(val.ids) - 1
-    if (score.bytes, score.tokens) != want:
-        found.append(Finding(
-            check, f"{score.tokens} targets and {score.bytes} bytes counted, the data has "
-            f"{want[1]} and {want[0]}", SETTINGS_OF[path], "take bytes from the sidecar alone"))
-    nats = sum(ledger.losses.values())
-    bpb = nats / math.log(2) / max(want[0], 1)
+        yield f"{place(left[0], val)} is not scored ({len(left)} in all)", "score the whole set"
+    size, count = int(val.bytes[1:].sum()), len(val.ids) - 1
+    if (score.bytes, score.tokens) != (size, count):
+        yield (f"{score.tokens} targets and {score.bytes} bytes counted, the data has {count} and "
+               f"{size}", "take bytes from the sidecar alone")
+    bpb = sum(ledger.losses.values()) / math.log(2) / max(size, 1)
     if not math.isclose(score.bpb, bpb, rel_tol=1e-6):
-        found.append(Finding(check, f"BPB {score.bpb:.8f} reported, the ledger says {bpb:.8f}",
-                             SETTINGS_OF[path], "let Meter alone compute the score"))
-    return found
+        yield (f"BPB {score.bpb:.8f} reported, the ledger says {bpb:.8f}",
+               "let Meter alone compute the score")
 
 
-def check_normalisation(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
-    """At some positions every token of the vocabulary stands as the target in turn: the scores
-    given are a distribution only if their probabilities add up to one."""
-    tolerance, found = TOLERANCE[bench.rt.dtype], []
-    cfg = replace(bench.cfg, phased_ttt_prefix_docs=0, ttt_batch_size=64)
-    starts = [begin for begin, end in val.documents() if end - begin > 12]
-    for begin in starts[:2] if path == "ttt" else starts[:1]:
-        prefix = val.ids[begin:begin + 9]
-        total = math.fsum(math.exp(-x) for x in at_once(bench, path, cfg, prefix))
-        if abs(total - 1) > tolerance:  # an evaluation that remembers documents sees them alone
-            total = one_by_one(bench, path, cfg, prefix)
-        if total is not None and abs(total - 1) > tolerance:
-            found.append(Finding(
-                f"normalisation ({path})", f"after {place(begin + 8, val)} the probabilities of "
-                f"all {cfg.vocab_size} tokens, each as it would be scored, add up to {total:.6f}",
-                SETTINGS_OF[path], "score with the entry of one normalised distribution that is "
-                "fixed before the target is looked at"))
-    return found
+def check_normalisation(bench: Bench, path: str, val: t.ValSet) -> Said:
+    """After a history that was scored, every token of the vocabulary stands as the target in turn,
+    in float32: the scores are a distribution only if their probabilities add up to one."""
+    yield from check_entries(bench, path, val)
+    exact, ask = bench.exact(), asked_plainly if path == "plain" else asked_in_ttt
+    remedy = ("score with the entry of one normalised distribution that is fixed before the target "
+              "is looked at")
+    for stream in histories(val, bench.cfg, path):
+        losses, ledger = ask(exact, stream)
+        last, true = len(stream.ids) - 1, int(stream.ids[-1])
+        where = f"after {place(last - 1, stream)}"
+        if not losses:
+            yield f"{where} nothing is scored", "score all, by evaluate or through Adapter.score"
+            continue
+        total = math.fsum(math.exp(-x) for x in losses)
+        if not abs(total - 1) <= 1e-5:
+            yield (f"{where} the probabilities of all {len(losses)} tokens, each as it would be "
+                   f"scored, add up to {total:.6f}", remedy)
+        # what was asked is what a run says: of the token that is there, and of the likeliest other
+        likely = min(set(range(len(losses))) - {t.BOS, true}, key=losses.__getitem__)
+        other, _ = exact.run(path, ended(stream, likely))
+        for token, run in ((true, ledger), (likely, other)):
+            told = run.losses.get(last, math.nan)
+            if not abs(told - losses[token]) <= 1e-3:
+                yield (f"{where} token {token} scores {told:.6f} in a run and "
+                       f"{losses[token]:.6f} among all", remedy)
 
 
-def at_once(bench: Bench, path: str, cfg: t.Config, prefix: np.ndarray) -> list[float]:
-    """The score of every token after `prefix`: one document a token."""
-    parts, at, length = [], [], 0
-    for token in range(cfg.vocab_size):
-        parts.append(prefix if token == t.BOS else np.append(prefix, token))
-        at.append(length + len(prefix))
-        length += len(parts[-1])
-    ids = np.concatenate([*parts, [t.BOS]]).astype(np.int64)
-    ledger, _ = bench.run(path, t.ValSet(ids, np.zeros(len(ids), np.int32)), cfg)
-    return [ledger.losses.get(i, math.inf) for i in at]
+def check_entries(bench: Bench, path: str, val: t.ValSet) -> Said:
+    """Without rules every loss must be -log softmax of the logits, which are computed once more,
+    plainly: up to a unit in the last place of two logits, in the evaluation's own number type."""
+    cfg = replace(bench.cfg, slot_enabled=False, ngram_tilt_enabled=False, ngram_mixer="")
+    ledger, _ = bench.run(path, val, cfg, logits=True)
+    unit = torch.finfo(bench.rt.dtype).eps
+    for index, logits in ledger.logits.items():
+        told, want = ledger.losses[index], float(logits.logsumexp(0) - logits[val.ids[index]])
+        if not abs(told - want) <= 1e-5 + 2 * unit * float(logits.abs().max()):
+            yield (f"{place(index, val)} scores {told:.6f}, the logits say {want:.6f}",
+                   "score with the softmax of the model's logits")
+            return
 
 
-def one_by_one(bench: Bench, path: str, cfg: t.Config, prefix: np.ndarray) -> float | None:
-    """The same sum with a run a token; None if it would take too long and is not above 1 yet."""
-    total, started = 0.0, time.perf_counter()
-    for token in range(cfg.vocab_size):
-        ids = np.append(prefix, [token, t.BOS] if token != t.BOS else [t.BOS]).astype(np.int64)
-        ledger, _ = bench.run(path, t.ValSet(ids, np.zeros(len(ids), np.int32)), cfg)
-        total += math.exp(-ledger.losses.get(len(prefix), math.inf))
-        if time.perf_counter() - started > PATIENCE:
-            return total if total > 1.001 else None
-    return total
+def histories(val: t.ValSet, cfg: t.Config, path: str) -> Iterator[t.ValSet]:
+    """Streams that end within a document, beyond a chunk, where adapters have learnt: the sample
+    with its last document cut; for n-grams also followed by its longest, which they then know."""
+    length, documents = max(cfg.ttt_chunk_size + 2, 20), val.documents()
+    (begin, end), again = documents[-1], max(documents, key=lambda doc: doc[1] - doc[0])[0]
+    ends = [np.r_[: min(end, begin + length)], np.r_[: len(val.ids), again : again + length]]
+    for at in ends[: 1 + remembers(cfg, path)]:
+        yield t.ValSet(val.ids[at], val.bytes[at])
 
 
-def check_target(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
+def ended(val: t.ValSet, token: int) -> t.ValSet:
+    """The set with another last token."""
+    return val._replace(ids=np.append(val.ids[:-1], token))
+
+
+def asked_plainly(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
+    """The scores [V] of every token as the last target of `val`, and the run's ledger."""
+    calls = []
+
+    def forward(model: t.GPT, original: Callable, *args: Any) -> torch.Tensor:
+        calls.append(args)
+        return original(model, *args)
+    with patched({"forward": forward}, t.GPT):
+        ledger, _ = bench.run("plain", val)
+    if len(val.ids) - 1 not in ledger.losses:
+        return [], ledger
+    ids, _, *rest = calls[-1]
+    place_in, losses = (len(val.ids) - 2) % (bench.cfg.val_batch_tokens // 8), []
+    for tokens in torch.arange(bench.cfg.vocab_size, device=ids.device).split(64):
+        with torch.no_grad():
+            losses += bench.model(ids, tokens[None], *rest,
+                                  at=torch.full_like(tokens, place_in)[None])[0].tolist()
+    return losses, ledger
+
+
+def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
+    """The same of test-time training: asked when the last target is about to be scored, adapters
+    and weights as they are then. A table of n-grams is made for each token as the last."""
+    last, how, losses = len(val.ids) - 1, [], []
+
+    def build(rules: t.ScoreRules, original: Callable, ids: np.ndarray, *args: Any) -> list:
+        how[:] = args
+        return original(rules, ids, *args)
+
+    def score(adapter: t.Adapter, original: Callable, window: t.Window, meter: t.Meter) -> t.Scored:
+        rules = adapter.rules
+        for b, c in ((window.sizes == last) & window.mask).nonzero().tolist():
+            kept = rules and (rules.tables, rules.count)
+            losses.clear()
+            for tokens in torch.arange(bench.cfg.vocab_size, device=bench.rt.device).split(64):
+                rows = torch.full_like(tokens, b)
+                many = {name: x[rows] for name, x in window._asdict().items()
+                        if isinstance(x, torch.Tensor) and x.dim()}
+                many["targets"][:, c] = tokens
+                if how:  # their tables one after another
+                    tables = [rules.build(ended(val, a).ids, *how) for a in tokens.tolist()]
+                    rules.tables = [torch.cat(x).to(tokens.device) for x in zip(*tables)]
+                    rules.count = len(tokens) * last
+                    many["first"] += torch.arange(len(tokens), device=tokens.device) * last
+                collect = SimpleNamespace(
+                    add=lambda used, *_, c=c: losses.extend(used[:, c].tolist()))
+                original(adapter, window._replace(
+                    rows=rows + window.rows.start, updates=False, **many), collect)
+            if rules:
+                rules.tables, rules.count = kept
+        return original(adapter, window, meter)
+    with patched({"build": build}, t.ScoreRules), patched({"score": score}, t.Adapter):
+        ledger, _ = bench.run("ttt", val)
+    return losses, ledger
+
+
+def check_target(bench: Bench, path: str, val: t.ValSet) -> Said:
     """Another target, the same text before it: no logit that the model puts out may differ."""
     begin, end = max(val.documents(), key=lambda doc: doc[1] - doc[0])
     ids = np.append(val.ids[begin:begin + min(20, end - 1 - begin)], t.BOS)
-    seen = []
-    for change in (0, 1):
-        if change:
-            ids = ids.copy()
-            ids[-2] = next(i for i in val.ids if i not in (t.BOS, ids[-2]))
-        # the last word is target only: what follows it is cut off
-        seen.append(logits_of(bench, path, t.ValSet(ids[:-1], np.zeros(len(ids) - 1, np.int32))))
-    unlike = len(seen[0]) != len(seen[1]) or any(
-        not torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    if unlike:
-        return [Finding(f"target independence ({path})", "the logits for the last token of a "
-                        "document change when that token is another", SETTINGS_OF[path],
-                        "compute the distribution before the target is looked at")]
-    return []
+    other = next(i for i in val.ids if i not in (t.BOS, ids[-2]))
+    # the last word is target only: what follows it is cut off
+    seen = [bench.run(path, t.ValSet(x, np.zeros(len(x), np.int32)),
+                      replace(bench.cfg, phased_ttt_prefix_docs=0), logits=True)[0].logits
+            for x in (ids[:-1], np.append(ids[:-2], other))]
+    if seen[0].keys() != seen[1].keys() or not all(
+            torch.equal(logits, seen[1][index]) for index, logits in seen[0].items()):
+        yield ("the logits for the last token of a document change when that token is another",
+               "compute the distribution before the target is looked at")
 
 
-def logits_of(bench: Bench, path: str, val: t.ValSet) -> list[torch.Tensor]:
-    """What goes into the loss for every target that counts, call by call."""
-    ledger = Ledger()
-
-    def spy(original: Callable, z: torch.Tensor, *args: Any) -> torch.Tensor:
-        ledger.latest = z.detach().clone()
-        return original(z, *args)
-    name = "softcap_cross_entropy" + "_ref" * (not bench.cfg.fused_ce_enabled)
-    with patched({name: spy}):
-        bench.run(path, val, replace(bench.cfg, phased_ttt_prefix_docs=0), ledger=ledger)
-    return ledger.logits
-
-
-def check_isolation(bench: Bench, path: str, val: t.ValSet) -> list[Finding]:
-    """[A, BOS, B] against [A', BOS, B]: no score of B may differ, but through n-gram tables."""
-    if remembers(bench.cfg, path):
-        return []
+def check_isolation(bench: Bench, path: str, val: t.ValSet) -> Said:
+    """[A, BOS, B] against [A', BOS, B]: no score of B may differ. Tables of n-grams, which may
+    remember A, are those of [A, BOS, B] in both."""
     (a, middle), (b, end) = val.documents()[:2]
     pair = t.ValSet(val.ids[a:end - 1], val.bytes[a:end - 1])
     cfg = replace(bench.cfg, phased_ttt_prefix_docs=0)
-    ledgers = [bench.run(path, v, cfg)[0]
+    ledgers = [bench.run(path, v, cfg, tables=pair)[0]
                for v in (pair, changed_ids(pair, np.arange(1, b - a)))]
     moved = [i for i in range(b - a + 1, len(pair.ids))
              if ledgers[0].losses.get(i) != ledgers[1].losses.get(i)]
-    if not moved:
-        return []
-    return [Finding(f"document isolation ({path})", f"{place(moved[0], pair)} depends on the "
-                    f"document before it ({len(moved)} scores in all)", SETTINGS_OF[path],
-                    "mask at every BOS, in attention and in SmearGate")]
+    if moved:
+        yield (f"{place(moved[0], pair)} depends on the document before it ({len(moved)} scores in "
+               "all)", "mask at every BOS, in attention and in SmearGate")
 
 
-def check_budgets(record: dict[str, Any], folder: Path) -> list[Finding]:
+def check_budgets(record: dict[str, Any], folder: Path) -> Iterator[Finding]:
     """What the run's own clock and the files on the disk say."""
-    found, limit = [], min(record.get("budget_seconds") or LIMIT_SECONDS, LIMIT_SECONDS)
-    trained = record.get("training", {}).get("seconds")
-    if trained is not None:
-        total = trained + record.get("calibration_seconds", 0.0)
-        if total > limit:
-            found.append(Finding("budget", f"training {trained:.1f} s with calibration {total:.1f} "
-                                 f"s, of {limit:.0f}", "MAX_WALLCLOCK_SECONDS, "
-                                 "GPTQ_RESERVE_SECONDS", "raise GPTQ_RESERVE_SECONDS to at least "
-                                 f"{math.ceil(record.get('calibration_seconds', 0) + 1)}"))
-    if "evaluation_seconds" in record:
-        total = record.get("start_seconds", 0.0) + record["evaluation_seconds"]
-        if total > LIMIT_SECONDS:
-            found.append(Finding("budget", f"evaluation {total:.1f} s from the process's start, of "
-                                 f"{LIMIT_SECONDS:.0f}", "TTT_CHUNK_SIZE, TTT_STREAM, "
-                                 "PHASED_TTT_PREFIX_DOCS", "make the evaluation cheaper"))
+    limit = min(record.get("budget_seconds") or LIMIT_SECONDS, LIMIT_SECONDS)
+    trained = record.get("training", {}).get("seconds", 0.0)
+    calibrated = record.get("calibration_seconds", 0.0)
+    if trained + calibrated > limit:
+        yield Finding("budget", f"training {trained:.1f} s with calibration "
+                      f"{trained + calibrated:.1f} s, of {limit:.0f}",
+                      "MAX_WALLCLOCK_SECONDS, GPTQ_RESERVE_SECONDS",
+                      f"raise GPTQ_RESERVE_SECONDS to at least {math.ceil(calibrated + 1)}")
+    total = record.get("start_seconds", 0.0) + record.get("evaluation_seconds", 0.0)
+    if total > LIMIT_SECONDS:
+        yield Finding("budget", f"evaluation {total:.1f} s from the process's start, of "
+                      f"{LIMIT_SECONDS:.0f}", "TTT_CHUNK_SIZE, TTT_STREAM, PHASED_TTT_PREFIX_DOCS",
+                      "make the evaluation cheaper")
     files = [folder / name for name in (t.ARTIFACT_FILE, t.PROGRAM_FILE)]
-    missing = [path for path in files if not path.is_file()]
-    size = sum(path.stat().st_size for path in files if path not in missing)
+    missing = [f"{path} is missing" for path in files if not path.is_file()]
+    size = 0 if missing else sum(path.stat().st_size for path in files)
     if missing or size > LIMIT_BYTES:
-        what = f"{missing[0]} is missing" if missing else f"{size:,} bytes on the disk"
-        found.append(Finding("budget", what, "ARTIFACT_BUDGET_BYTES, COMPRESSOR",
-                             f"ship artifact and program in {LIMIT_BYTES:,} bytes"))
-    told = record.get("bytes", {}).get("total")
-    if not missing and told not in (None, size):
-        found.append(Finding("budget", f"{size:,} bytes on the disk, {told:,} in the log",
-                             "ARTIFACT_DIR", "ship the files of this very run"))
-    return found
+        yield Finding("budget", missing[0] if missing else f"{size:,} bytes on the disk",
+                      "ARTIFACT_BUDGET_BYTES, COMPRESSOR",
+                      f"ship artifact and program in {LIMIT_BYTES:,} bytes")
+    told = record.get("bytes", {}).get("total", size)
+    if not missing and told != size:
+        yield Finding("budget", f"{size:,} bytes on the disk, {told:,} in the log",
+                      "ARTIFACT_DIR", "ship the files of this very run")
 
 
-CHECKS = (check_causality, check_target, check_normalisation, check_ledger, check_isolation)
+CHECKS = {"causality": check_causality, "target independence": check_target,
+          "normalisation": check_normalisation, "ledger": check_ledger,
+          "document isolation": check_isolation}
 
 
 def make_bench(cfg: t.Config, rt: t.Runtime, folder: Path) -> Bench:
@@ -535,12 +590,17 @@ def make_bench(cfg: t.Config, rt: t.Runtime, folder: Path) -> Bench:
 def findings(bench: Bench, val: t.ValSet, out: Callable[[str], None] = print) -> list[Finding]:
     """All violations on a sample of `val`; one line for every check that passes."""
     sample, found = sample_of(val, bench.cfg), []
+    if remembers(bench.cfg, "ttt"):
+        out("legality: n-gram tables may remember documents, in the stream's order: isolation, and "
+            "causality in the order of processing, are those of all else, with the tables held")
     for path in ("plain", "ttt") if bench.cfg.ttt_enabled else ("plain",):
-        for check in CHECKS:
-            started, now = time.perf_counter(), check(bench, path, sample)
+        for name, check in CHECKS.items():
+            started, label = time.perf_counter(), f"{name} ({path})"
+            now = [Finding(label, where, SETTINGS_OF[path], remedy)
+                   for where, remedy in check(bench, path, sample)]
             found += now
-            out(f"legality: {check.__name__[6:]} ({path}): "
-                f"{'VIOLATED' if now else 'holds'} {time.perf_counter() - started:.1f}s")
+            out(f"legality: {label}: {'VIOLATED' if now else 'holds'} "
+                f"{time.perf_counter() - started:.1f}s")
     return found
 
 
@@ -550,6 +610,7 @@ def audit(cfg: t.Config, rt: t.Runtime, folder: Path) -> str:
     if rt.rank == 0:
         started = time.perf_counter()
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.matmul.allow_tf32 = False  # float32 is meant where it is asked for
         found = findings(make_bench(cfg, rt, folder), t.load_val(cfg), rt.log)
         torch.use_deterministic_algorithms(False)
         found += check_budgets(rt.record, folder)

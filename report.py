@@ -134,13 +134,20 @@ def running(ax: Any, logs: list[Log]) -> None:
 
 
 def by_length(ax: Any, logs: list[Log]) -> None:
-    """BPB of documents by their length, in powers of two."""
+    """BPB by length. Row k of the record holds batches whose longest document has 2^(k-1) to
+    2^k - 1 targets; a batch is of documents of like length, so only a batch of one is exact."""
+    total = sum(tokens for _, tokens, _ in logs[0].told["by_length"])
+    labels = {}
     for log in logs:
-        rows = [(k, nats / math.log(2) / size) for k, (nats, _, size) in
-                enumerate(log.told["by_length"]) if size]
-        ax.plot(*zip(*rows), "o-", label=log.name)
-        ax.set_xticks([k for k, _ in rows], [f"{2 ** k:,}" for k, _ in rows])
-    ax.set(xlabel="targets of the longest document of a batch, below",
+        rows = [(k, *row) for k, row in enumerate(log.told["by_length"]) if row[2]]
+        ax.plot([k for k, *_ in rows], [nats / math.log(2) / size for _, nats, _, size in rows],
+                "o-", label=log.name)
+        labels |= {k: f"{2 ** k >> 1:,}\nto {2 ** k - 1:,}\n({tokens / total:.1%})"
+                   for k, _, tokens, _ in rows}
+    ax.set_xticks(list(labels), list(labels.values()), fontsize=7)
+    batch = int(logs[0].number("ttt_batch_size", 1))
+    ax.set(xlabel="targets of " + (f"the longest of the {batch} documents of a batch" if batch > 1
+                                   else "a document") + " (share of all targets)",
            ylabel="bits per byte", title="BPB by document length, test-time trained")
     ax.legend(fontsize=8)
 

@@ -3,6 +3,7 @@ and its detector must see it; and none sees anything in what is legal.
 
 `python -m tests.test_legality` runs these tests and writes the table of docs/legality.md."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -156,7 +157,7 @@ def test_audit_alone(real, tmp_path):
                        "sys.argv = ['train_gpt.py', 'audit']; sys.exit(t.main())\n")
     run = launch({**settings, "RUN_ID": "audit"}, tmp_path, program)
     assert run.returncode == 0, run.stderr
-    assert len(re.findall(r"^legality: \w+ \((?:plain|ttt)\): holds", run.stdout, re.M)) == 10
+    assert len(re.findall(r"^legality: [\w ]+ \((?:plain|ttt)\): holds", run.stdout, re.M)) == 10
     (out / t.PROGRAM_FILE).rename(out / "elsewhere")
     run = launch({**settings, "RUN_ID": "audit2"}, tmp_path, program)
     (out / "elsewhere").rename(out / t.PROGRAM_FILE)
@@ -184,6 +185,68 @@ def test_row_01_mix(monkeypatch):
     assert any(x.startswith("normalisation (ttt)") for x in found_in())
 
 
+HASHED = dict(ngram_mixer="hashed", allow_illegal=True)
+STREAM = dict(ttt_stream=True, ttt_eval_seq_len=24)
+
+
+def unlike_one(cfg: t.Config) -> list[str]:
+    """What the check of normalisation says of test-time training: sums that are not 1."""
+    bench = bench_of(cfg)
+    found = legality.check_normalisation(
+        bench, "ttt", legality.sample_of(val_set(VAL_LENGTHS), bench.cfg))
+    return [str(x) for x in found if "add up to" in str(x)]
+
+
+@pytest.mark.parametrize("mode", [{}, STREAM])
+def test_row_01_keyless_buckets_are_no_distribution(mode):
+    """Seen only in tables that are full: after a history, in as many buckets as fit it."""
+    assert len(unlike_one(tiny(**HASHED, **mode))) == 2
+
+
+def test_row_01_best_order_of_each_token(monkeypatch):
+    """The exact mixer, but every token takes the order that likes it best."""
+    exact = t.exact_mixer
+    monkeypatch.setattr(t, "exact_mixer", lambda ids, cfg: np.maximum(
+        exact(ids, cfg), exact(ids, dataclasses.replace(cfg, ngram_order=2))))
+    assert unlike_one(tiny(ngram_mixer="exact"))
+
+
+@pytest.mark.parametrize("mode", [{}, STREAM])
+def test_row_01_tilt_without_its_divisor(monkeypatch, mode):
+    """Seen only where a hint is given: in text that n-grams know."""
+    monkeypatch.setattr(t, "tilt", lambda losses, logp, targets, hint, boost, *_: (
+        losses - boost * (targets == hint)))
+    found = unlike_one(tiny(ngram_tilt_enabled=True, within_boost=0, word_boost=0, **mode))
+    assert len(found) == 1 and "document 10 of the sample" in found[0]
+
+
+def test_row_01_a_score_that_knows_it_is_asked(monkeypatch):
+    """Normalised where all tokens are asked at once, and not in a run."""
+    patch_loss(monkeypatch, lambda losses, targets: losses * (1 if len(losses) > 8 else 0.99))
+    assert any("in a run and" in x for x in found_in())
+
+
+class Half(legality.Quiet):
+    """A runtime in bfloat16 on a CPU."""
+
+    dtype = torch.bfloat16
+
+
+@pytest.mark.parametrize("path", ["plain", "ttt"])
+@pytest.mark.parametrize("excess, words", [(0, ""), (1e-4, r"add up to 1\.0001"),
+                                           (0.5, r"scores .*, the logits say")])
+def test_one_tolerance_whatever_the_number_type(monkeypatch, path, excess, words):
+    """Sums are taken in float32; losses in bfloat16 are those of the logits, as far as it goes."""
+    bench = bench_of(tiny())
+    half = dataclasses.replace(bench, rt=Half(0, 1, bench.rt.device), model=busy_model(
+        bench.cfg, dtype=torch.bfloat16, attend=t.attend_sdpa))
+    half.model.float()
+    patch_loss(monkeypatch, lambda losses, targets: losses - excess)
+    found = [str(x) for x in legality.check_normalisation(
+        half, path, legality.sample_of(val_set(VAL_LENGTHS), bench.cfg))]
+    assert not found if not excess else any(re.search(words, x) for x in found), found
+
+
 def test_row_02_train_time(real, tmp_path):
     path = doctored(real, tmp_path, r'"training": \{"steps": 6, "seconds": [\d.]+',
                     '"training": {"steps": 6, "seconds": 599.5')
@@ -191,7 +254,7 @@ def test_row_02_train_time(real, tmp_path):
                            path.read_text()))
     refused([path], "training 599.5 s and calibration 4.9 s are over 600 s")
     record = {"training": {"seconds": 599.5}, "calibration_seconds": 4.9}
-    assert "GPTQ_RESERVE_SECONDS" in str(legality.check_budgets(record, real[0])[0])
+    assert "GPTQ_RESERVE_SECONDS" in str(next(legality.check_budgets(record, real[0])))
 
 
 def test_row_03_mixed(tmp_path):
@@ -225,7 +288,7 @@ def test_row_05_size(real, tmp_path):
     log.write_text(real[1])
     (tmp_path / t.ARTIFACT_FILE).write_bytes(b"another file")
     refused([log], "not the file that this log was written with")
-    assert "on the disk" in str(legality.check_budgets({"bytes": {"total": 1}}, real[0])[0])
+    assert "on the disk" in str(next(legality.check_budgets({"bytes": {"total": 1}}, real[0])))
 
 
 def test_findings_reach_the_last_line(program, monkeypatch):
@@ -288,6 +351,23 @@ def test_row_08_prequant(program, monkeypatch):
     assert any(x.startswith("causality (ttt)") for x in found_in())
 
 
+def test_row_08_order_of_processing_with_rules(monkeypatch):
+    """Learnt from before all else: the document that comes first in the stream and is scored last.
+    To a table of n-grams it is earlier; to the weights it is not."""
+    score = t.score_phased
+
+    def early(model, val, cfg, rt, **rules):
+        first = t.Document(*val.documents()[0])
+        t.train_globally(model, [first] * 20, val, cfg, rt)
+        return score(model, val, cfg, rt, **rules)
+    monkeypatch.setattr(t, "score_phased", early)
+    bench, lines = bench_of(tiny(ngram_mixer="exact")), []
+    found = legality.findings(bench, val_set([12, 6, 30, 28, 25, 20, 30]), lines.append)
+    assert any(x.check == "causality (ttt)" and "the last document in processing order" in str(x)
+               for x in found)
+    assert "n-gram tables may remember documents" in lines[0]
+
+
 def test_row_09_slot(monkeypatch):
     """A chunk's own loss is stepped on before the chunk is scored."""
     score = t.Adapter.score
@@ -347,11 +427,22 @@ def test_row_13_smear(monkeypatch, tmp_path):
     refused(logs, "SMEAR_GATE_BOS_FIX=0")
 
 
+@pytest.mark.parametrize("rule", [dict(ngram_mixer="exact"),
+                                  dict(ngram_tilt_enabled=True, within_boost=0, word_boost=0)])
+def test_row_13_neighbours_of_a_batch_with_rules(monkeypatch, rule):
+    """Tables of n-grams may know other documents; nothing else may."""
+    call = t.ScoreRules.__call__
+    monkeypatch.setattr(t.ScoreRules, "__call__", lambda self, losses, window, lora: call(
+        self, losses, window, lora) + 1e-3 * losses.mean())
+    found = found_in(tiny(**rule))
+    assert any(x.startswith("document isolation (ttt)") for x in found), found
+
+
 def test_row_14_eval_time(real, tmp_path):
     path = doctored(real, tmp_path, r'"start_seconds": [\d.]+', '"start_seconds": 605.5')
     refused([path], r"evaluation 6\d\d\.\d s from the process's start is over 600 s")
     record = {"start_seconds": 95.0, "evaluation_seconds": 515.0}
-    assert "evaluation 610.0 s" in str(legality.check_budgets(record, real[0])[0])
+    assert "evaluation 610.0 s" in str(next(legality.check_budgets(record, real[0])))
     more = "ngram_tilt:precompute_outside_timer_done elapsed=130.1s total_targets=47851520\n"
     refused(foreign(tmp_path, RECORD, more=more, hessians="0.3"), "outside the timer")
 

@@ -1,6 +1,7 @@
 """report.py: one file that holds everything, a picture for every plot, units on every axis."""
 
 import json
+import math
 import re
 
 import pytest
@@ -67,6 +68,27 @@ def test_the_context_follows_its_schedule(logs, told, want):
     report.schedule(ax, [report.Log(logs[0])])
     (line,) = figure.axes[1].get_lines()
     assert list(zip(*line.get_data(), strict=True)) == want
+    report.plt.close(figure)
+
+
+@pytest.mark.parametrize("batch, words", [(1, "a document"), (64, "of the 64 documents of")])
+def test_lengths_are_those_of_the_record(logs, batch, words):
+    """Each log's own rows, at their place; a range, a share and what was counted on the axis."""
+    rows = [[0, 0, 0]] * 32
+    rows[3], rows[6] = [math.log(2) * 20, 30, 10], [math.log(2) * 150, 70, 100]
+    other = [*rows[:3], [0, 0, 0], [math.log(2) * 30, 30, 10], *rows[5:]]
+    for path, told in zip(logs, (rows, other, rows), strict=True):
+        with_result(path, by_length=told)
+        path.write_text(path.read_text().replace(
+            "  min_lr: 0.1\n", f"  min_lr: 0.1\n  ttt_batch_size: {batch}\n"))
+    figure, ax = report.plt.subplots()
+    report.by_length(ax, [report.Log(path) for path in logs])
+    lines = [[(k, pytest.approx(y)) for k, y in zip(*line.get_data(), strict=True)]
+             for line in ax.get_lines()]
+    assert lines == [[(3, 2.0), (6, 1.5)], [(4, 3.0), (6, 1.5)], [(3, 2.0), (6, 1.5)]]
+    ticks = dict(zip(ax.get_xticks(), (x.get_text() for x in ax.get_xticklabels()), strict=True))
+    assert ticks == {3: "4\nto 7\n(30.0%)", 4: "8\nto 15\n(30.0%)", 6: "32\nto 63\n(70.0%)"}
+    assert words in ax.get_xlabel() and ax.get_ylabel() == "bits per byte"
     report.plt.close(figure)
 
 
