@@ -418,8 +418,7 @@ PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
 PREFIXES |= {"MTP", "SWA", "QUANTIZER"}
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 # Where a run writes, and how it is watched: no part of its configuration.
-NOT_OF_A_RUN = frozenset(
-    {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"})
+NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
 
 
 def is_ours(name: str) -> bool:
@@ -1591,8 +1590,7 @@ class Block(nn.Module):
         self.attn = AttentionParameters(cfg, layer)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        mix = torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)))
-        self.resid_mix = nn.Parameter(mix)
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
 
 class GPT(nn.Module):
@@ -1904,14 +1902,13 @@ class Route(NamedTuple):
     store: str  # number format in the artifact
 
 
-SMALL = r"blocks\.\d+\.(attn\.(q_gain|xsa_alpha)|attn_scale|mlp_scale|resid_mix)"
-ROOT = r"skip_(weights|gates)|parallel_(post|resid)_lambdas|smear_lambda|smear_gate\.weight"
+SMALL = (r"blocks\.\d+\.(attn\.(q_gain|xsa_alpha)|attn_scale|mlp_scale|resid_mix)|"
+         r"skip_(weights|gates)|parallel_(post|resid)_lambdas|smear_lambda|smear_gate\.weight")
 ROUTES = (
     Route(r"(qo|kv|mlp_up|mlp_down)_bank", "muon", "matrix_lr", "muon_wd", "gptq"),
     Route(r"tok_emb\.weight", "adamw", "tied_embed_lr", "embed_wd", "gptq"),
     Route(r"blocks\.\d+\.attn\.attn_gate_w", "adamw", "scalar_lr", "adam_wd", "int8_rows"),
     Route(SMALL, "adamw", "scalar_lr", "adam_wd", "float16"),
-    Route(ROOT, "adamw", "scalar_lr", "adam_wd", "float16"),
     Route(r"softcap_(pos|neg)", "adamw", "scalar_lr", "", "float16"),  # decay would pull them to 0
 )
 
@@ -4216,8 +4213,7 @@ def row_gradients(forward: Callable, row: Row, looped: bool,
     return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
 
 
-MICRO_BATCH = 98304  # tokens of a forward on a GPU; on a CPU a row, so that sums are rounded alike
-# in any world size
+MICRO_BATCH = 98304  # tokens of a forward on a GPU; on a CPU a row: in any world sums round alike
 
 
 def batched(rows: list[Row], most: int) -> list[Row]:
@@ -4529,8 +4525,7 @@ def baked(source: str, cfg: Config) -> str:
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
          noise: dict[str, Tensor], folder: Path) -> None:
-    """Quantise, compress and write the two files that count, and log what they weigh. noise:
-    `sensitivities`, for QUANTISER=tcq."""
+    """Quantise (noise: `sensitivities`, for tcq), compress, write the two files that count."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
@@ -4585,8 +4580,7 @@ def process_age() -> float:
 
 
 def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> None:
-    """The whole program for one process, which began `age` seconds ago; or only the legality audit
-    of an artifact that is there."""
+    """A process that began `age` seconds ago: the whole program, or only an artifact's audit."""
     started = time.perf_counter() - age
     cfg = Config.from_env(environ, Path(__file__).parent)
     if audit:
@@ -4634,8 +4628,7 @@ def is_first_to_fail() -> bool:
 
 
 def main(age: float = 0.0) -> int:
-    """Exit code 0, or 2 after one line on standard error for a mistake that the user can mend; the
-    process began `age` seconds ago."""
+    """Exit code: 0, or 2 after one line on standard error for a mistake that the user can mend."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return 0
