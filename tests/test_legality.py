@@ -203,6 +203,14 @@ def test_row_01_keyless_buckets_are_no_distribution(mode):
     assert len(unlike_one(tiny(**HASHED, **mode))) == 2
 
 
+@pytest.mark.parametrize("rule", [dict(ngram_mixer="exact"), dict(ngram_tilt_enabled=True,
+                                                                  within_boost=0, word_boost=0)])
+def test_exact_rules_are_a_distribution_when_streamed(rule):
+    bench = bench_of(tiny(**rule, **STREAM))
+    sample = legality.sample_of(val_set(VAL_LENGTHS), bench.cfg)
+    assert list(legality.check_normalisation(bench, "ttt", sample)) == []
+
+
 def test_row_01_best_order_of_each_token(monkeypatch):
     """The exact mixer, but every token takes the order that likes it best."""
     exact = t.exact_mixer
