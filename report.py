@@ -134,8 +134,9 @@ def running(ax: Any, logs: list[Log]) -> None:
 
 
 def by_length(ax: Any, logs: list[Log]) -> None:
-    """BPB by length. Row k of the record holds batches whose longest document has 2^(k-1) to
-    2^k - 1 targets; a batch is of documents of like length, so only a batch of one is exact."""
+    """BPB of documents by their length, in powers of two."""
+    # Row k of the record holds batches whose longest document has 2^(k-1) to 2^k - 1 targets; a
+    # batch is of documents of like length, and only a batch of one is exact.
     total = sum(tokens for _, tokens, _ in logs[0].told["by_length"])
     labels = {}
     for log in logs:

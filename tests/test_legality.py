@@ -203,6 +203,14 @@ def test_row_01_keyless_buckets_are_no_distribution(mode):
     assert len(unlike_one(tiny(**HASHED, **mode))) == 2
 
 
+@pytest.mark.parametrize("rule", [dict(ngram_mixer="exact"), dict(ngram_tilt_enabled=True,
+                                                                  within_boost=0, word_boost=0)])
+def test_exact_rules_are_a_distribution_when_streamed(rule):
+    bench = bench_of(tiny(**rule, **STREAM))
+    sample = legality.sample_of(val_set(VAL_LENGTHS), bench.cfg)
+    assert list(legality.check_normalisation(bench, "ttt", sample)) == []
+
+
 def test_row_01_best_order_of_each_token(monkeypatch):
     """The exact mixer, but every token takes the order that likes it best."""
     exact = t.exact_mixer
@@ -241,10 +249,15 @@ def test_one_tolerance_whatever_the_number_type(monkeypatch, path, excess, words
     half = dataclasses.replace(bench, rt=Half(0, 1, bench.rt.device), model=busy_model(
         bench.cfg, dtype=torch.bfloat16, attend=t.attend_sdpa))
     half.model.float()
+    ask, types = dict(plain="asked_plainly", ttt="asked_in_ttt")[path], []
+    original = getattr(legality, ask)
+    monkeypatch.setattr(legality, ask, lambda b, v: (
+        types.append((b.rt.dtype, b.model.dtype)), original(b, v))[1])
     patch_loss(monkeypatch, lambda losses, targets: losses - excess)
     found = [str(x) for x in legality.check_normalisation(
         half, path, legality.sample_of(val_set(VAL_LENGTHS), bench.cfg))]
     assert not found if not excess else any(re.search(words, x) for x in found), found
+    assert types == [(torch.float32, torch.float32)]
 
 
 def test_row_02_train_time(real, tmp_path):
