@@ -442,7 +442,8 @@ def fuzz_model(quantiser):
     hessians = {name: torch.eye(n) + 0.1 for name, n in factors.items()}
     by_trellis = quantiser == "tcq" and tg.quantise_trellis(
         model.state_dict(), {name: tg.factorise(H) for name, H in hessians.items()},
-        {m.name: 1.0 for m in tg.matrices(cfg)}, -6.0, cfg)
+        {m.name: torch.ones(tg.matrix_of(model.state_dict(), m).shape[0])
+         for m in tg.matrices(cfg)}, -6.0, cfg)
     tensors = tg.quantise(model.state_dict(), hessians, cfg, by_trellis or None)
     return model, {n: x.numpy() for n, x in tensors.items()}, {
         f"{m.name}.q": m.role for m in tg.matrices(cfg)}
