@@ -116,7 +116,10 @@ def test_strided_views_of_one_product(name):
     torch.testing.assert_close(grad.unflatten(1, (8, 64)), torch.cat(wanted, dim=1))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+IN_GRAPHS = [name for name in BACKENDS if name != "fa4"]  # which is called between graphs
+
+
+@pytest.mark.parametrize("name", IN_GRAPHS)
 def test_one_graph_for_every_number_of_segments(name):
     attend, seen = backend(name), []
 
@@ -138,7 +141,7 @@ def test_one_graph_for_every_number_of_segments(name):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", IN_GRAPHS)
 def test_segments_may_enter_a_graph_as_they_are(name):
     attend = backend(name)
     compiled = torch.compile(lambda *a: attend(*a), fullgraph=True, backend=BACKEND)

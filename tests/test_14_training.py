@@ -349,3 +349,6 @@ def test_rows_side_by_side_are_the_same_rows():
         losses = torch.cat([model(r.ids, r.targets, r.segments, True) for r in together])
         alone = torch.cat([model(r.ids, r.targets, r.segments, True) for r in rows])
         torch.testing.assert_close(losses, alone)
+        grads = (torch.autograd.grad(x.mean(), [*model.parameters()]) for x in (losses, alone))
+        for ours, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-7)
