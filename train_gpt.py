@@ -2637,7 +2637,7 @@ def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
     return decode_group(a, sa) @ decode_group(b, sb)
 
 
-RARE_ROWS = 0.03  # of the mean sensitivity of a matrix, added to every row's
+RARE_ROWS = 0.1  # of the mean sensitivity of a matrix, added to every row's
 
 
 def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapping[str, Tensor],
