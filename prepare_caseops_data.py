@@ -295,9 +295,8 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
     """Prepare the data set of `docs`, a path or several, under `out`; the manifest (a dict).
 
     Give `sp`, a tokenizer's path, or `vocab_size` to train one on the training documents; `fuse`
-    gives it fused markers. With
-    several `workers` the caller's module must be importable without side effects. Raises UserError
-    or OSError, and then leaves what was there before untouched.
+    gives it fused markers. With several `workers` the caller's module must be importable without
+    side effects. Raises UserError or OSError, and then leaves what was there before untouched.
     """
     source = Source(docs, text_column)
     if not source.rereadable and sp is None:
@@ -305,7 +304,7 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
                         "--docs a file")
     identity = {"--val-docs": val_docs, "--shard-tokens": shard_tokens, **versions(),
                 "--text-column": text_column, "--drop-val-duplicates": drop_duplicates,
-                "--fuse-markers": fuse}
+                **({"--fuse-markers": True} if fuse else {})}
     if sp is not None:
         model, encoder, name = read_tokenizer(sp, fuse)
         identity["tokenizer"] = hashlib.sha256(model).hexdigest()
@@ -460,8 +459,8 @@ def parse_arguments(argv):
         (args.sp and args.train_tokenizer, "--sp and --train-tokenizer: give one of them"),
         (args.train_tokenizer and args.vocab_size is None,
          "--train-tokenizer needs --vocab-size N"),
-        (args.fuse_markers and not (args.sp or args.train_tokenizer),
-         "--fuse-markers goes with --sp or --train-tokenizer"),
+        (args.fuse_markers and (tools or not (args.sp or args.train_tokenizer)),
+         "--fuse-markers is for --sp or --train-tokenizer, where a data set is made"),
         (args.vocab_size is not None and not args.train_tokenizer,
          "--vocab-size is for --train-tokenizer"),
         (args.vocab_size is not None and not 1 <= args.vocab_size <= COUNT_LIMIT,

@@ -2720,7 +2720,7 @@ def trellis_steps(W: Tensor, factor: Factor, unit: Tensor) -> tuple[Tensor, Tens
     u = factor.U.diagonal()[factor.order.argsort()].log2()
     c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
     floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
-    return floor.maximum(unit.to(floor)).half().clamp_min(2.0**-24), c
+    return floor.maximum(unit.to(floor)).half().clamp(2.0**-24, 65504), c
 
 
 def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],

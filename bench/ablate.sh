@@ -50,7 +50,7 @@ if [ -n "${TOKENIZER_PATH:-}" ]; then
 "
 fi
 if [ -n "${FUSED:-}" ]; then
-  techniques+="fused         train DATA_DIR=$FUSED TOKENIZER_PATH=
+  techniques+="fused         train DATA_PATH= DATA_DIR=$FUSED TOKENIZER_PATH=
 "
 fi
 
@@ -86,22 +86,31 @@ technique() {
   program "$folder" log "$seed" "$@"
 }
 
-# room N: wait until fewer than N runs are under way
-room() { while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do wait -n; done; }
+# room: wait until fewer than JOBS runs are under way; done_all: for all, and stop if one failed
+runs=()
+room() { while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done; }
+done_all() {
+  local run failed=0
+  for run in "${runs[@]}"; do wait "$run" || failed=1; done
+  runs=()
+  if [ "$failed" = 1 ]; then echo "error: a run failed, see above; the same command goes on" >&2; exit 1; fi
+}
 
 for seed in ${SEEDS:-42 0 1234}; do
-  room "${JOBS:-1}"
+  room
   technique "$out/base/seed$seed" - "$seed" train &
+  runs+=($!)
 done
-room 1
+done_all
 for seed in ${SEEDS:-42 0 1234}; do
   while read -r name kind settings; do
     if [ -z "$name" ] || [[ -n "${ONLY:-}" && " $ONLY " != *" $name "* ]]; then continue; fi
-    room "${JOBS:-1}"
+    room
     echo "== $name, seed $seed" >&2
     # shellcheck disable=SC2086  # settings are words
     technique "$out/$name/seed$seed" "$out/base/seed$seed" "$seed" "$kind" $settings < /dev/null &
+    runs+=($!)
   done <<< "$techniques"
 done
-room 1
+done_all
 python bench/ablate_table.py "$out"

@@ -162,11 +162,10 @@ def _validation_of(path):
 class _Tokens:
     """Looks at every block of one split: the BOS in it, and ids that have no business there."""
 
-    def __init__(self, vocabulary, encoder, progress=lambda n: None):
-        self.vocabulary, self.progress = vocabulary, progress
-        self.textless = encoder.textless if encoder else np.arange(4)
+    def __init__(self, vocabulary, textless, progress=lambda n: None):
+        self.vocabulary, self.textless, self.progress = vocabulary, textless, progress
         self.documents = self.highest = 0
-        self.special = {}  # shard: how many ids 0, 2, 3
+        self.special = {}  # shard: how many ids without text but BOS
         self.too_high = {}  # shard: its highest id, where that is no piece
 
     def look(self, block):
@@ -237,6 +236,9 @@ class _Audit:
         self.vocabulary = (self.encoder.size if self.encoder else entry.get("vocab_size")
                            if isinstance(entry.get("vocab_size"), int)
                            else int(named[1]) if named else None)
+        fused = str(entry.get("file")).endswith("_fused.model")  # 0 and 2 are words' beginnings
+        self.textless = self.encoder.textless if self.encoder else np.array(
+            [BOS, 3] if fused else [0, BOS, 2, 3])
         path = given or find_tokenizer(self.folder, manifest)
         if path and "sha256" in entry \
                 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != entry["sha256"]:
@@ -310,7 +312,7 @@ class _Audit:
 
     def read_validation(self):
         """Load validation and its byte counts."""
-        tokens = _Tokens(self.vocabulary, self.encoder, self._advance)
+        tokens = _Tokens(self.vocabulary, self.textless, self._advance)
         digests = {}
         loaded, bos = overlap.load(self.splits["val"], digests, tokens.look)
         self.digests |= {("val", k): v for k, v in digests.items()}
@@ -366,7 +368,8 @@ class _Audit:
 
     def _tell_tokens(self, title, name, tokens):
         for shard, count in tokens.special.items():
-            self.error(f"{shard}: {count:,} tokens without text (padding, end, unknown)")
+            self.error(f"{shard}: {count:,} tokens without text (padding, end, unknown), "
+                       "unless they are fused markers: then give the tokenizer")
         for shard, highest in tokens.too_high.items():
             self.error(f"{shard}: id {highest:,}, but the vocabulary has {self.vocabulary:,}")
         split = self.splits[name]
@@ -407,7 +410,7 @@ class _Audit:
 
     def search_training(self):
         """Stream the training shards past the validation documents."""
-        tokens = _Tokens(self.vocabulary, self.encoder, self._advance)
+        tokens = _Tokens(self.vocabulary, self.textless, self._advance)
         digests = {} if self.manifests[self.folder] else None
         self.found = overlap.search(self.validation, self.splits["train"], tokens.look, digests)
         self.digests |= {("train", k): v for k, v in (digests or {}).items()}

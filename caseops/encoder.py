@@ -65,7 +65,9 @@ class Encoder:
         self.cache, self.cache_reason = None, "numba is not installed"
         if SegmentCache is not None:
             try:
-                self.cache = SegmentCache(self.sp, model, self.encode_transformed, self.exact)
+                fused = any(piece in FUSED.values() for piece in pieces)
+                self.cache = SegmentCache(self.sp, model, self.encode_transformed,
+                                          self.exact or fused)
             except ValueError as e:
                 self.cache_reason = str(e)
 
@@ -147,7 +149,8 @@ def fuse_markers(model, name="tokenizer"):
     """A serialized model that gives the space before a capital word and its operator one id.
 
     The pieces 0 and 2 become FUSED, taken before any merge, as the operators themselves are; the
-    text of ids is what it was. After parameter-golf #2109. UserError where they are not free.
+    text of ids is what it was, but for blanks beside a literal U+2581. After parameter-golf #2109.
+    UserError where they are not free.
     """
     sp = sentencepiece.SentencePieceProcessor()
     sp.LoadFromSerializedProto(model)

@@ -23,6 +23,7 @@ import numpy as np
 import lossless_caps as caps
 from caseops import UserError
 from caseops.encoder import Encoder
+from caseops.shards import file_sha256
 from caseops.splits import (
     Split,
     documents,
@@ -161,6 +162,11 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
     if encoder is None:
         raise UserError(f"{folder}: no tokenizer beside these shards; give --sp the one that made "
                         "them")
+    told = manifest.get("tokenizer")
+    told = told.get("sha256") if isinstance(told, dict) else None
+    if tokenizer and told and file_sha256(tokenizer) != told:
+        raise UserError(f"{tokenizer}: not the tokenizer of the manifest (other sha256); give the "
+                        "one that made the shards")
     with _sink(destination, to_stdout) as (file, path):
         losses = {name: _write(file, shards, name, encoder)
                   for name in ("val", "train") if shards[name]}

@@ -290,9 +290,9 @@ class SegmentCache:
     """Token ids and byte counts of whole documents, equal to the exact encoder's.
 
     `sp` is the SentencePieceProcessor of `model` (bytes); `exact(data)` -> (ids, counts), two int
-    arrays, encodes one transformed text (UTF-8); `keeps_marks`: U+2581 is not white space to this
-    tokenizer, so text that holds it is not taken. After a batch the cache is emptied if it holds
-    more than `limit` segments, or as much of long ones as would take their memory: a script
+    arrays, encodes one transformed text (UTF-8); `keeps_marks`: U+2581 is not mere white space to
+    this tokenizer, so text that holds it is not taken. After a batch the cache is emptied if it
+    holds more than `limit` segments, or as much of long ones as would take their memory: a script
     without spaces has segments of a whole line. Raises ValueError for a tokenizer that the cuts are
     not exact for.
     """

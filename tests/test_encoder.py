@@ -224,7 +224,8 @@ def test_fused_markers_change_nothing_but_pairs(published):
     """The published tokenizer: every [space, TITLE or ALLCAPS] is one id, all else is as it was."""
     fused = encoding.Encoder(encoding.fuse_markers(MODEL.read_bytes()))
     assert fused.cache is not None and fused.size == published.size
-    texts = [*topics.values(), *fuzz(4000, 21), "NASA said: The USA, an Island  In A Sea. I AM"]
+    texts = [*topics.values(), *fuzz(4000, 21), "NASA said: The USA, an Island  In A Sea. I AM",
+             "\u2581I", "\u2581A\u00c0B ", "x \u2581Cap"]
     space = fused.sp.piece_to_id("\u2581")
     for text, plain, own in zip(texts, published.encode_documents(texts),
                                 fused.encode_documents(texts), strict=True):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,7 +313,12 @@ def test_fused_markers_from_the_command_line(made, model, tmp_path, capsys):
     assert fused["totals"]["val"]["counted_bytes"] == plain["totals"]["val"]["counted_bytes"]
     assert fused["split"] == plain["split"]
     assert prep.main(["--audit", str(tmp_path / "datasets" / SET)]) == 0, capsys.readouterr().out
+    alone = tmp_path / "alone" / SET  # without its tokenizer the manifest says what 0 and 2 are
+    shutil.copytree(tmp_path / "datasets" / SET, alone)
+    assert prep.main(["--audit", str(alone)]) == 0, capsys.readouterr().out
     out = tmp_path / "again.jsonl"
+    assert prep.main(["--export", str(alone), "--out", str(out), "--sp", str(model)]) == 2
+    assert "not the tokenizer of the manifest" in capsys.readouterr().err
     assert prep.main(["--export", str(tmp_path / "datasets" / SET), "--out", str(out)]) == 0
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == texts
     capsys.readouterr()
