@@ -49,6 +49,10 @@ if [ -n "${TOKENIZER_PATH:-}" ]; then
   techniques+="tilt_words    eval  NGRAM_TILT_ENABLED=1 WITHIN_BOOST=0.75 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5
 "
 fi
+if [ "$preset" != cpu_demo ] && [ "$preset" != best ]; then
+  techniques+="best          train PRESET=best SEQ_CHANGE_WARMUP_STEPS=${RISE:-32}
+"
+fi
 if [ -n "${FUSED:-}" ]; then
   techniques+="fused         train DATA_PATH= DATA_DIR=$FUSED TOKENIZER_PATH=
 "
@@ -66,7 +70,7 @@ program() {
   mkdir -p "$folder"
   if [ "$log" = log ] && grep -qs '^total_eval_time:' "$folder/log.txt"; then return; fi
   rm -f "$folder/$log.txt"
-  env "$@" PRESET="$preset" SEED="$seed" RUN_ID="$log" ARTIFACT_DIR="$folder" \
+  env PRESET="$preset" "$@" SEED="$seed" RUN_ID="$log" ARTIFACT_DIR="$folder" \
     "${launch[@]}" train_gpt.py > /dev/null
 }
 
