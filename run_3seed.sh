@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a preset for several seeds and writes submission.json from the logs:
-#   ./run_3seed.sh [PRESET]             default: pr1855 where a GPU is, else cpu_demo
+#   ./run_3seed.sh [PRESET]             default: best where a GPU is, else cpu_demo
 #   SEEDS="42" ./run_3seed.sh           other seeds (default "42 0 1234")
 # Makes .venv and installs requirements.txt if need be, builds the demo data if the preset wants it.
 # One folder a seed, runs/PRESET/seedN/, with log.txt, final_model.pt, artifact and packed program;
@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 
 gpus=0
 if command -v nvidia-smi > /dev/null; then gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true); fi
-preset=${1:-$([ "$gpus" -gt 0 ] && echo pr1855 || echo cpu_demo)}
+preset=${1:-$([ "$gpus" -gt 0 ] && echo best || echo cpu_demo)}
 preset=$(basename "$preset" .env)
 if [ ! -f "presets/$preset.env" ]; then
   echo "error: no preset presets/$preset.env; there are: $(basename -s .env presets/*.env | xargs)" >&2

@@ -223,17 +223,25 @@ def check_settings(run: dict[str, Any], text: str) -> list[str]:
     if source := source_of(text):
         if hashlib.sha256(source.encode()).hexdigest() != run["program_sha256"]:
             found.append("the source in the log is not of the program hash in the log")
-        defaults = dict(re.findall(r"^    (\w+): \w+ = setting\(([^,]+),", source, re.MULTILINE))
+        defaults = defaults_of(source)
         told = json.loads(re.search(r"^not the default: (\{.*\})$", text, re.MULTILINE)[1])
         for name, value in re.findall(r"^  (\w+): (.*)$", text, re.MULTILINE):
-            default = defaults.get(name, value).strip("\"'")
-            if not alike(default, value) and name.upper() not in told:
+            default = defaults.get(name, value)
+            if not alike(told.get(name.upper(), default), value):
                 found.append(f"{name}: {value} ran, the program's default is {default}, and the "
-                             "log does not list it")
+                             f"log lists {told.get(name.upper(), 'nothing else')}")
     return found
 
 
+def defaults_of(source: str) -> dict[str, str]:
+    """Setting -> default, as text, read off a program's source."""
+    found = re.findall(r"^    (\w+): \w+ = setting\((\"[^\"]*\"|[^,]+),", source, re.MULTILINE)
+    return {name: text.strip('"') for name, text in found}
+
+
 def alike(a: str, b: str) -> bool:
+    """Whether two texts of a value are the same number, switch or text."""
+    a, b = ({"True": "1", "False": "0"}.get(x, x) for x in (a, b))
     try:
         return float(a) == float(b)
     except ValueError:

@@ -88,8 +88,8 @@ ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once; its environment variable is the name in capitals. Defaults are those of
-    #1855's headline run, but for quantiser, coder, reserve and streamed test-time training."""
+    """Every setting, once; its environment variable is the name in capitals. The defaults are
+    presets/best.env; presets/pr1855.env has the record's settings."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -109,12 +109,13 @@ class Config:
     # -- data and batches, in tokens
     vocab_size: int = setting(8192, "V, size of the vocabulary", 8, 65536)
     train_batch_tokens: int = setting(786432, "tokens a step: 8 rows, shared by the processes", 64)
-    train_seq_len: int = setting(2048, "longest attention segment in training", 2)
+    train_seq_len: int = setting(3072, "longest attention segment in training", 2)
     val_batch_tokens: int = setting(524288, "tokens of 8 evaluation rows", 64)
-    eval_seq_len: int = setting(2048, "longest attention segment in plain evaluation", 2)
+    eval_seq_len: int = setting(3072, "longest attention segment in plain evaluation", 2)
     eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
-    train_seq_schedule: str = setting("", "LENGTH@END,...: TRAIN_SEQ_LEN up to that fraction")
-    seq_change_warmup_steps: int = setting(0, "steps of rising rate after a change of length", 0)
+    train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,...: TRAIN_SEQ_LEN "
+                                      "up to that fraction; none where that is given alone")
+    seq_change_warmup_steps: int = setting(32, "steps of rising rate after a change of length", 0)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
     model_dim: int = setting(512, "d, width of the residual stream", 8)
@@ -123,7 +124,7 @@ class Config:
     mlp_mult: float = setting(4.0, "hidden width of the MLP over d", 0.25, 64)
     rope_base: float = setting(10000.0, "base of the rotary angles", 1)
     rope_dims: int = setting(16, "channels of a head that rotate; 0: all", 0)
-    qk_gain_init: float = setting(5.0, "start of the per-head query gain")
+    qk_gain_init: float = setting(5.25, "start of the per-head query gain")
     xsa_last_n: int = setting(11, "layers, from the top, with exclusive self-attention", 0)
     sparse_attn_gate_enabled: bool = setting(True, "per-head output gate from the first channels")
     sparse_attn_gate_scale: float = setting(0.5, "factor inside that gate's sigmoid")
@@ -133,7 +134,7 @@ class Config:
     ln_scale: bool = setting(True, "scale the normalised input of layer i by 1/sqrt(i+1)")
     logit_softcap: float = setting(30.0, "c of c tanh(z/c)", 1e-3)
     asym_logit_rescale: bool = setting(False, "learn c apart for logits above and below 0")
-    leaky_relu_slope: float = setting(0.5, "of the MLP's activation below 0", 0, 1)
+    leaky_relu_slope: float = setting(0.3, "of the MLP's activation below 0", 0, 1)
     gated_xsa: bool = setting(False, "scale XSA by tanh of a learnt gate a head; it starts off")
     tied_embed_init_std: float = setting(0.005, "deviation of the embedding at the start", 0)
     num_loops: int = setting(2, "extra passes over the looped layers; 0: never looped", 0, 16)
@@ -151,7 +152,7 @@ class Config:
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
-    matrix_lr: float = setting(0.026, "Muon's learning rate", 0)
+    matrix_lr: float = setting(0.028, "Muon's learning rate", 0)
     scalar_lr: float = setting(0.02, "AdamW's learning rate for everything small", 0)
     tied_embed_lr: float = setting(0.03, "AdamW's learning rate for the embedding", 0)
     muon_momentum: float = setting(0.97, "Muon's momentum after its warm-up", 0, 0.9999)
@@ -205,7 +206,7 @@ class Config:
     ttt_beta1: float = setting(0.0, "its first beta", 0, 0.9999)
     ttt_beta2: float = setting(0.99, "its second beta", 0, 0.99999)
     ttt_weight_decay: float = setting(0.5, "its weight decay", 0)
-    ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR", 0)
+    ttt_local_lr_mult: float = setting(0.8, "factor of TTT_LORA_LR", 0)
     ttt_mask: str = setting("", "adapters left out", choices=("", "all", "no_q", "no_v", "no_qv"))
     ttt_q_lora: bool = setting(True, "adapters on the query projections")
     ttt_k_lora: bool = setting(True, "adapters on the key projections")
@@ -213,16 +214,16 @@ class Config:
     ttt_mlp_lora: bool = setting(True, "adapters on the MLPs")
     ttt_o_lora: bool = setting(True, "adapters on the attention outputs")
     ttt_warm_start_a: bool = setting(True, "keep A from batch to batch")
-    ttt_chunk_size: int = setting(48, "targets scored between two updates", 1)
+    ttt_chunk_size: int = setting(32, "targets scored between two updates", 1)
     ttt_short_score_first_enabled: bool = setting(False, "other chunks for batches of short ones")
     ttt_short_score_first_steps: str = setting("", "LONGEST:CHUNK,... by the longest document")
     ttt_short_doc_len: int = setting(512, "without that list: longest document of such a batch", 1)
     ttt_short_chunk_size: int = setting(48, "and its chunk", 1)
-    ttt_batch_size: int = setting(64, "documents in a batch", 1)
-    ttt_eval_seq_len: int = setting(2048, "longest context of a chunk, in tokens", 2)
+    ttt_batch_size: int = setting(24, "documents in a batch", 1)
+    ttt_eval_seq_len: int = setting(3072, "longest context of a chunk, in tokens", 2)
     ttt_stream: bool = setting(True, "run a chunk once, on kept keys and values of earlier ones")
     phased_ttt_prefix_docs: int = setting(2500, "documents of the global phases; 0: no phase", 0)
-    phased_ttt_num_phases: int = setting(3, "global phases", 1)
+    phased_ttt_num_phases: int = setting(1, "global phases", 1)
     global_ttt_lr: float = setting(1e-3, "SGD's learning rate in a global phase", 0)
     global_ttt_momentum: float = setting(0.9, "its momentum", 0, 0.9999)
     global_ttt_grad_clip: float = setting(1.0, "its gradient norm; 0: no clipping", 0)
@@ -235,7 +236,7 @@ class Config:
     ttt_second_pass_frac: float = setting(0.0, "ILLEGAL: learn all, this part twice; score", 0, 1)
     # -- what a score takes besides the model's probabilities
     allow_illegal: bool = setting(False, "allow what the challenge refuses; scores say so")
-    ngram_tilt_enabled: bool = setting(False, "raise the token that n-grams of the prefix expect")
+    ngram_tilt_enabled: bool = setting(True, "raise the token that n-grams of the prefix expect")
     token_order: int = setting(16, "n of the token expert", 2)
     token_threshold: float = setting(0.8, "least share of the expected token in its context", 0, 1)
     token_boost: float = setting(2.625, "what it adds to the logit", 0)
@@ -274,13 +275,19 @@ class Config:
         values = {}
         for name, (text, where) in given.items():
             if name in FIXED:
-                if text.strip() not in FIXED[name]:
-                    raise UserError(f"{where}={text}: only {FIXED[name][0]} is possible; unset it")
+                require(text.strip() in FIXED[name],
+                        f"{where}={text}: only {FIXED[name][0]} is possible; unset it")
             elif name in SETTINGS:
                 values[name.lower()] = parse_value(SETTINGS[name], text, where)
             else:
                 raise UserError(f"{where}: no such setting{suggest(name)}; --help lists all")
-        return Config(**values).checked()
+        asked = values.get
+        yields = {  # defaults that give way to what is given
+            "train_seq_schedule": ("", asked("train_seq_len")),
+            "ngram_tilt_enabled": (False, asked("ngram_mixer") or asked("ttt_enabled") is False),
+            "ttt_stream": (False, asked("slot_enabled") or asked("ttt_short_score_first_enabled")),
+            "quantiser": ("uniform", asked("awq_lite_enabled"))}
+        return Config(**{k: v for k, (v, holds) in yields.items() if holds} | values).checked()
 
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
@@ -304,8 +311,6 @@ class Config:
             (self.val_batch_tokens % 8 == 0, "VAL_BATCH_TOKENS must be a multiple of 8"),
             (min(chunks) > 0 and max(chunks) <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE and those of short documents must be at most TTT_EVAL_SEQ_LEN"),
-            (not (self.ttt_stream and self.short_chunks),
-             "TTT_STREAM needs one chunk size: TTT_SHORT_SCORE_FIRST_ENABLED=0"),
             (not stages or max(n for n, _ in stages) == self.train_seq_len,
              "TRAIN_SEQ_LEN must be the longest of TRAIN_SEQ_SCHEDULE"),
             ([end for _, end in stages] == sorted({end for _, end in stages})
@@ -325,7 +330,8 @@ class Config:
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
             (self.ngram_buckets.bit_count() == 1, "NGRAM_BUCKETS must be a power of 2"),
-            (not (self.slot_enabled and self.ttt_stream), "SLOT_ENABLED=1 needs TTT_STREAM=0"),
+            (not (self.ttt_stream and (self.slot_enabled or self.short_chunks)),
+             "SLOT_ENABLED=1 and TTT_SHORT_SCORE_FIRST_ENABLED=1 need TTT_STREAM=0"),
             (self.quantiser == "uniform" or not self.awq_lite_enabled,
              "AWQ_LITE_ENABLED=1 needs QUANTISER=uniform"),
             (self.ttt_enabled or not (self.slot_enabled or self.ngram_tilt_enabled
@@ -413,9 +419,8 @@ FIXED = {
 GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
            "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
            "TOKEN"}
-PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED)} - GENERIC
-# Of techniques in the lineage that this program lacks: refused, not ignored.
-PREFIXES |= {"MTP", "SWA", "QUANTIZER"}
+# The last three are of techniques in the lineage that this program lacks: refused, not ignored.
+PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 # Where a run writes, and how it is watched: no part of its configuration.
 NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
@@ -443,25 +448,24 @@ def suggest(name: str) -> str:
 
 def parse_value(entry: Any, text: str, where: str) -> Any:
     """The value of one setting from its text, or UserError naming where it came from."""
-    kind, meta = entry.type, entry.metadata
+    kind, (_, lo, hi, choices) = entry.type, entry.metadata.values()
     words = {"0": False, "1": True, "false": False, "true": True}
     try:
         value = words[text.strip().lower()] if kind is bool else kind(text.strip())
     except (ValueError, KeyError):
         names = {int: "a whole number", float: "a number", bool: "0 or 1"}
         raise UserError(f"{where}={text}: must be {names[kind]}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{where}={text}: must be one of {', '.join(meta['choices'])}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{where}={text}: must be finite")
-    for bound, wrong, word in ((meta["lo"], "lo", "at least"), (meta["hi"], "hi", "at most")):
-        if bound is not None and (value < bound if wrong == "lo" else value > bound):
-            raise UserError(f"{where}={text}: must be {word} {bound:g}")
+    require(not choices or value in choices,
+            f"{where}={text}: must be one of {', '.join(map(str, choices))}")
+    require(kind is not float or math.isfinite(value), f"{where}={text}: must be finite")
+    require(lo is None or value >= lo, f"{where}={text}: must be at least {lo}")
+    require(hi is None or value <= hi, f"{where}={text}: must be at most {hi}")
     return value
 
 
-def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
-    """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment."""
+def read_preset(name: str, folder: Path, above: tuple = ()) -> dict[str, tuple[str, str]]:
+    """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment, PRESET=NAME
+    starts from another preset; `above` are those that started from this one."""
     path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
     known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
     require(path.is_file(), f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
@@ -473,7 +477,10 @@ def read_preset(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         key, sep, value = (part.strip() for part in line.split("#")[0].partition("="))
         require(sep or not key, f"{path}:{number}: not a NAME=value line: {key}")
-        if sep:
+        if key == "PRESET":  # what is here replaces what is there
+            require(value not in (path.stem, *above), f"{path}:{number}: starts from itself")
+            found = read_preset(value, folder, (path.stem, *above)) | found
+        elif sep:
             found[key] = value, f"{path}:{number}: {key}"
     return found
 
@@ -2261,21 +2268,19 @@ def check_data(cfg: Config) -> str:
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a manifest; prepare the data again") from None
     check_tokenizer(cfg, path, told)
-    if overlap and not cfg.ttt_eval_only:
-        raise UserError(f"{path}: validation documents are also training documents (val up to "
-                        f"{ends[0]}, train from {ends[1]}); prepare the data with one --val-docs")
+    require(not overlap or cfg.ttt_eval_only,
+            f"{path}: validation documents are also training documents (val up to {ends[0]}, train "
+            f"from {ends[1]}); prepare the data with one --val-docs")
     listed = {name for name in files if "_val_" in name}
     found = {file.name for file in path.parent.glob("fineweb_val_*.bin")} if listed else set()
     for name in sorted(listed | found):
         file, entry = path.parent / name, files.get(name, {"sha256": "none"})
         digest = entry.get("sha256") if isinstance(entry, dict) else None
-        if name not in found:
-            raise UserError(f"{file}: no such file, but {path.name} lists it, so a part of the "
-                            "validation set would not be scored; prepare the data again")
-        if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise UserError(f"{file}: not the file that {path.name} was written with, so training "
-                            "may hold its documents; prepare the data again, or see --audit of "
-                            "prepare_caseops_data.py")
+        require(name in found, f"{file}: no such file, but {path.name} lists it, so a part of the "
+                "validation set would not be scored; prepare the data again")
+        require(not digest or hashlib.sha256(file.read_bytes()).hexdigest() == digest,
+                f"{file}: not the file that {path.name} was written with, so training may hold its "
+                "documents; prepare the data again, or see --audit of prepare_caseops_data.py")
     return (f"data: {path.parent} manifest sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} "
             f"{json.dumps(totals)} training documents equal to a validation document: "
             f"{split.get('train_documents_equal_to_validation', 'not known')}")
@@ -2701,8 +2706,7 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
             slope = min(max(slope, weights / 32), weights / 2)
         last = level, len(blob)
         level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
-    if not best:
-        raise UserError(f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
+    require(best, f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
     return best
 
 
@@ -4096,22 +4100,20 @@ class ScoreRules:
         self.cfg, self.rt, self.model, self.count = cfg, rt, model, len(val.ids) - 1
         pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
         classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
-        self.classes, self.kinds = torch.from_numpy(classes).to(rt.device), ()
+        self.classes, self.built = torch.from_numpy(classes).to(rt.device), None
+        self.kinds = (torch.float32,) if cfg.ngram_mixer else ()
         if cfg.ngram_tilt_enabled:
             self.kinds = torch.int32, torch.float32, torch.uint8
-        elif cfg.ngram_mixer:
-            self.kinds = (torch.float32,)
-        self.built = None
         if self.kinds and rt.rank == 0:
             self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, pieces)
 
     def build(self, ids: np.ndarray, pieces: list[str] | None) -> list[Tensor]:
         """The tables, on the host; logs how long they took."""
         started, cfg = time.perf_counter(), self.cfg
-        if cfg.ngram_tilt_enabled:
-            tables = tilt_table(ids, cfg, pieces, self.rt.log)
+        if mixer := {"exact": exact_mixer, "hashed": hashed_mixer}.get(cfg.ngram_mixer):
+            tables = (mixer(ids, cfg),)
         else:
-            tables = ({"exact": exact_mixer, "hashed": hashed_mixer}[cfg.ngram_mixer](ids, cfg),)
+            tables = tilt_table(ids, cfg, pieces, self.rt.log)
         self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
                     f"{time.perf_counter() - started:.1f}s total_targets={self.count}")
         return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
@@ -4131,9 +4133,8 @@ class ScoreRules:
     @torch.no_grad()
     def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
-        cfg, h, at, shift = self.cfg, self.h, window.at, 0.0
-        if not cfg.ttt_stream:
-            h = pick(self.h, at)
+        cfg, at, shift = self.cfg, window.at, 0.0
+        h = self.h if cfg.ttt_stream else pick(self.h, at)
         if cfg.slot_enabled:
             targets, mask = window.targets, window.mask
             if cfg.slot_fit == "context":
@@ -4435,9 +4436,8 @@ def extra(name: str, needed: bool = True) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if needed or error.name != name:
-            raise UserError(f"{error.name} is missing: run train_gpt.py in its repository, with "
-                            "requirements.txt installed") from None
+        require(error.name == name and not needed, f"{error.name} is missing: run train_gpt.py in "
+                "its repository, with requirements.txt installed")
         return None
 
 
@@ -4633,8 +4633,8 @@ def main(age: float = 0.0) -> int:
         print(help_text())
         return 0
     try:
-        if sys.argv[1:] not in ([], ["audit"]):
-            raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
+        require(sys.argv[1:] in ([], ["audit"]),
+                f"{[*sys.argv, ''][1]}: settings are environment variables; see --help")
         run(os.environ, age, audit=len(sys.argv) > 1)
     except UserError as error:
         if is_first_to_fail():

@@ -18,9 +18,14 @@ preset=${1:-$([ "$gpus" -gt 0 ] && echo pr1855 || echo cpu_demo)}
 out=${OUT:-runs/ablate-$preset}
 # what the techniques below are settings of
 export QUANTISER=${QUANTISER:-uniform} TTT_STREAM=${TTT_STREAM:-0}
-value() { sed -n "s/^$1=\([^ ]*\).*/\1/p" "presets/$preset.env" | tail -1; }
-length=${TRAIN_SEQ_LEN:-$(value TRAIN_SEQ_LEN)}; length=${length:-2048}
-context=${TTT_EVAL_SEQ_LEN:-$(value TTT_EVAL_SEQ_LEN)}; context=${context:-2048}
+# value NAME PRESET: what the preset, or the one that it starts from, sets
+value() {
+  local found
+  found=$(sed -n "s/^$1=\([^ ]*\).*/\1/p" "presets/$2.env" | tail -1)
+  echo "${found:-$(value "$1" "$(sed -n 's/^PRESET=\([^ ]*\).*/\1/p' "presets/$2.env")")}"
+}
+length=${TRAIN_SEQ_LEN:-$(value TRAIN_SEQ_LEN "$preset")}
+context=${TTT_EVAL_SEQ_LEN:-$(value TTT_EVAL_SEQ_LEN "$preset")}
 
 techniques="
 slope03       train LEAKY_RELU_SLOPE=0.3

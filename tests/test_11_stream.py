@@ -12,6 +12,7 @@ import torch
 import train_gpt as t
 from tests.test_11_ttt import LENGTHS, documents_of, nothing, one_batch, score, windowed_loss
 from tests.tools import (
+    NO_GPU,
     TINY,
     Recorder,
     busy_model,
@@ -138,7 +139,7 @@ def test_rows_that_run():
     cpu = [t.running_rows(counts, chunk, cfg, torch.device("cpu")) for chunk in range(4)]
     assert cpu == [6, 5, 3, 2]
     assert [t.running_rows(counts, chunk, cfg, cuda) for chunk in range(4)] == [6, 6, 3, 3]
-    assert t.shape_step(t.Config(), cuda) == 384
+    assert t.shape_step(t.Config(ttt_eval_seq_len=2048, ttt_chunk_size=48), cuda) == 384
 
 
 def test_a_long_document_brings_no_new_shapes(monkeypatch):
@@ -264,8 +265,9 @@ def test_two_processes_score_everything_once(tmp_path):
     data, found = write_data(tmp_path / "data", train_tokens=6000), []
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for launcher in ((), torchrun):
-        settings = {**TINY, "DATA_PATH": data, "ARTIFACT_DIR": tmp_path, "TTT_STREAM": 1,
-                    "RUN_ID": f"log{len(found)}", **({"TTT_EVAL_ONLY": 1} if found else {})}
+        settings = {**TINY, **NO_GPU, "DATA_PATH": data, "ARTIFACT_DIR": tmp_path,
+                    "TTT_STREAM": 1, "RUN_ID": f"log{len(found)}",
+                    **({"TTT_EVAL_ONLY": 1} if found else {})}
         run = launch(settings, tmp_path, launcher=launcher)
         assert run.returncode == 0, run.stderr[-3000:]
         line = next(x for x in run.stdout.splitlines() if x.startswith("quantized_ttt_phased"))

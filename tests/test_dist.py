@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.tools import TINY, launch, said, write_data
+from tests.tools import NO_GPU, TINY, launch, said, write_data
 
 pytestmark = pytest.mark.dist
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -59,7 +59,7 @@ def runs(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("dist"), {}
     data = write_data(folder / "data", train_tokens=12000)
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
-    settings = {**TINY, "DATA_PATH": data, "ITERATIONS": 20, "RUN_ID": "log"}
+    settings = {**TINY, **NO_GPU, "DATA_PATH": data, "ITERATIONS": 20, "RUN_ID": "log"}
     for world, launcher in ((1, ()), (2, TORCHRUN)):
         place = folder / str(world)
         place.mkdir()
@@ -125,7 +125,7 @@ def test_what_another_rank_finds_wrong_is_said(tmp_path):
     ids = np.array(t.open_shard(path))
     ids[64 * 6 + 5] = 64  # row 6 of step 0: rank 1
     write_shard(path, ids)
-    run = launch({**TINY, "DATA_PATH": data, "ARTIFACT_DIR": tmp_path / "out"}, tmp_path,
+    run = launch({**TINY, **NO_GPU, "DATA_PATH": data, "ARTIFACT_DIR": tmp_path / "out"}, tmp_path,
                  launcher=TORCHRUN)
     assert run.returncode != 0
     assert "id 64 is outside the vocabulary" in run.stderr

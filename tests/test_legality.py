@@ -130,8 +130,8 @@ def test_nothing_is_found_in_what_is_legal(preset):
                "no adapters": dict(ttt_enabled=False)}.get(preset, {})
     cfg = tiny(**changes)
     if preset in LEGAL:
-        asked = t.read_preset(preset, ROOT)
-        lists = {name: value for name, value in TINY_LISTS.items() if name in asked}
+        asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+        lists = {name: value for name, value in TINY_LISTS.items() if asked.get(name)}
         cfg = t.Config.from_env({**TINY, **lists, "PRESET": preset}, ROOT)
     assert found_in(cfg) == []
 
@@ -474,8 +474,10 @@ def test_row_16_forced(program, tmp_path):
 
 
 def test_row_17_environment(real, tmp_path):
+    path = doctored(real, tmp_path, r"^  warmdown_frac: 0\.85$", "  warmdown_frac: 0.05")
+    refused([path], "warmdown_frac: 0.05 ran, the program's default is 0.85, and the log lists")
     path = doctored(real, tmp_path, r"^  matrix_lr: 0\.026$", "  matrix_lr: 0.05")
-    refused([path], "matrix_lr: 0.05 ran, the program's default is 0.026")
+    refused([path], "matrix_lr: 0.05 ran, the program's default is 0.028, and the log lists 0.026")
 
 
 def test_row_18_digits(tmp_path):

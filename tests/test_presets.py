@@ -42,7 +42,7 @@ def test_preset_runs_from_end_to_end(preset, program, demo, tmp_path, monkeypatc
     monkeypatch.setattr(t, "pack_program", str.encode)  # seconds each, and the same every time
     asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
     settings = {**TINY, "VOCAB_SIZE": VOCAB, "PRESET": preset, "DATA_PATH": folder,
-                **{name: value for name, value in TINY_LISTS.items() if name in asked}}
+                **{name: value for name, value in TINY_LISTS.items() if asked.get(name)}}
     if asked.get("CASEOPS_ENABLED") == "0" and "TOKENIZER_PATH" in asked:
         settings["DATA_PATH"] = tmp_path / "plain"  # as downloaded: no sidecar, no manifest
         shutil.copytree(folder, tmp_path / "plain",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import PROGRAM, ROOT, TINY, write_data
+from tests.tools import NO_GPU, PROGRAM, ROOT, TINY, write_data
 
 KEPT = {"CHECKPOINT_EVERY_SECONDS": "0.001", "TRAIN_LOG_EVERY": "1", "RUN_ID": "log"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -22,7 +22,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def start(folder, data, launcher=(), **settings):
     """The program as a process of its own that goes on by itself."""
     env = {k: v for k, v in os.environ.items() if not t.is_ours(k) and k != "PRESET"}
-    given = {**TINY, **KEPT, "DATA_PATH": data, "ARTIFACT_DIR": folder, **settings}
+    given = {**TINY, **KEPT, **NO_GPU, "DATA_PATH": data, "ARTIFACT_DIR": folder, **settings}
     return subprocess.Popen(
         [sys.executable, *launcher, str(PROGRAM)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**env, "OMP_NUM_THREADS": "1",

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import submission as s
-from train_gpt import NOT_OF_A_RUN
+from tests.tools import ROOT
+from train_gpt import NOT_OF_A_RUN, SETTINGS, Config
 
 LOG = """program: train_gpt.py sha256:abc
 Hyperparameters:
@@ -140,6 +141,13 @@ def test_another_program_is_refused(tmp_path):
 
 def test_what_is_not_of_a_run_is_not_of_a_submission():
     assert NOT_OF_A_RUN <= s.FREE  # submission.py needs no torch, so it says them again
+
+
+def test_every_default_is_read_off_the_source():
+    found = s.defaults_of((ROOT / "train_gpt.py").read_text())
+    assert found.keys() == {name.lower() for name in SETTINGS}
+    assert all(s.alike(found[name], str(value)) or float(eval(found[name])) == value
+               for name, value in vars(Config()).items())
 
 
 def test_comparison_by_hand(tmp_path):

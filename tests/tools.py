@@ -20,6 +20,7 @@ PROGRAM = ROOT / "train_gpt.py"
 # two lanes at the end, windows shorter than documents, two global phases. The plain order is
 # [0, 1 | 2, 3, 4], the looped one [0, 1, 2 | 1, 2, 3, 4].
 TINY = {
+    "PRESET": str(ROOT / "presets/pr1855.env"), "GPTQ_RESERVE_SECONDS": "-1",
     "VOCAB_SIZE": "64", "NUM_LAYERS": "5", "MODEL_DIM": "32", "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2", "MLP_MULT": "2", "ROPE_DIMS": "4", "XSA_LAST_N": "4",
     "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1", "PARALLEL_START_LAYER": "4",
@@ -32,6 +33,7 @@ TINY = {
     "PHASED_TTT_PREFIX_DOCS": "6", "PHASED_TTT_NUM_PHASES": "2", "GLOBAL_TTT_CHUNK_TOKENS": "64",
     "GLOBAL_TTT_BATCH_SEQS": "2", "TTT_STREAM": "0",
 }
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
 # What else of a preset does not fit that size: lists of lengths, groups of too many columns.
 TINY_LISTS = {"TRAIN_SEQ_SCHEDULE": "8@0.1,16@0.7,32@1.0", "AWQ_LITE_GROUP_SIZE": "8",
               "TTT_SHORT_SCORE_FIRST_STEPS": "20:4,40:8", "SEQ_CHANGE_WARMUP_STEPS": "2"}
