@@ -224,7 +224,8 @@ def check_settings(run: dict[str, Any], text: str) -> list[str]:
         if hashlib.sha256(source.encode()).hexdigest() != run["program_sha256"]:
             found.append("the source in the log is not of the program hash in the log")
         defaults = defaults_of(source)
-        told = json.loads(re.search(r"^not the default: (\{.*\})$", text, re.MULTILINE)[1])
+        listed = re.search(r"^not the default: (\{.*\})$", text, re.MULTILINE)
+        told = json.loads(listed[1]) if listed else {}
         for name, value in re.findall(r"^  (\w+): (.*)$", text, re.MULTILINE):
             default = defaults.get(name, value)
             if not alike(told.get(name.upper(), default), value):

@@ -1,7 +1,7 @@
 """Train a 36M-parameter language model in 600 s on 8 H100s, pack it into 16 MB, score it.
 
 Claim     the pipeline of parameter-golf record #1855 (published: 1.06108 bits per byte, n = 3)
-          as one readable program. What this code itself measured stands in README.md.
+          and what followed it, as one readable program. What it measured stands in README.md.
 Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8 processes
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
@@ -114,7 +114,7 @@ class Config:
     eval_seq_len: int = setting(3072, "longest attention segment in plain evaluation", 2)
     eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
     train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,...: TRAIN_SEQ_LEN "
-                                      "up to that fraction; none where that is given alone")
+                                      "up to that fraction; none where only that is given")
     seq_change_warmup_steps: int = setting(32, "steps of rising rate after a change of length", 0)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
@@ -206,7 +206,7 @@ class Config:
     ttt_beta1: float = setting(0.0, "its first beta", 0, 0.9999)
     ttt_beta2: float = setting(0.99, "its second beta", 0, 0.99999)
     ttt_weight_decay: float = setting(0.5, "its weight decay", 0)
-    ttt_local_lr_mult: float = setting(0.8, "factor of TTT_LORA_LR", 0)
+    ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR", 0)
     ttt_mask: str = setting("", "adapters left out", choices=("", "all", "no_q", "no_v", "no_qv"))
     ttt_q_lora: bool = setting(True, "adapters on the query projections")
     ttt_k_lora: bool = setting(True, "adapters on the key projections")
@@ -266,28 +266,22 @@ class Config:
 
     @staticmethod
     def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
-        """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED. UserError
-        for names that are unknown, values unreadable or out of range, and contradictions."""
-        given = {name: (text, f"this program: {name}") for name, text in BAKED.items()}
-        if environ.get("PRESET"):
-            given.update(read_preset(environ["PRESET"], folder))
-        given.update({k: (v, f"environment: {k}") for k, v in environ.items() if is_ours(k)})
-        values = {}
-        for name, (text, where) in given.items():
-            if name in FIXED:
-                require(text.strip() in FIXED[name],
-                        f"{where}={text}: only {FIXED[name][0]} is possible; unset it")
-            elif name in SETTINGS:
-                values[name.lower()] = parse_value(SETTINGS[name], text, where)
-            else:
-                raise UserError(f"{where}: no such setting{suggest(name)}; --help lists all")
-        asked = values.get
-        yields = {  # defaults that give way to what is given
-            "train_seq_schedule": ("", asked("train_seq_len")),
-            "ngram_tilt_enabled": (False, asked("ngram_mixer") or asked("ttt_enabled") is False),
-            "ttt_stream": (False, asked("slot_enabled") or asked("ttt_short_score_first_enabled")),
-            "quantiser": ("uniform", asked("awq_lite_enabled"))}
-        return Config(**{k: v for k, (v, holds) in yields.items() if holds} | values).checked()
+        """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED; each makes
+        those below it give way (a schedule of lengths to another length, for one). UserError for
+        names that are unknown, values unreadable or out of range, and contradictions."""
+        preset = read_preset(environ["PRESET"], folder) if environ.get("PRESET") else {}
+        cfg = Config()
+        for layer in ({k: (v, f"this program: {k}") for k, v in BAKED.items()}, preset,
+                      {k: (v, f"environment: {k}") for k, v in environ.items() if is_ours(k)}):
+            new = read_settings(layer)
+            other_length = new.get("train_seq_len", cfg.train_seq_len) != cfg.train_seq_len
+            own_chunks = new.get("slot_enabled") or new.get("ttt_short_score_first_enabled")
+            no_tilt = new.get("ngram_mixer") or new.get("ttt_enabled") is False
+            yields = (("train_seq_schedule", "", other_length), ("ttt_stream", False, own_chunks),
+                      ("ngram_tilt_enabled", False, no_tilt),
+                      ("quantiser", "uniform", new.get("awq_lite_enabled")))
+            cfg = replace(cfg, **{name: value for name, value, holds in yields if holds} | new)
+        return cfg.checked()
 
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
@@ -446,9 +440,23 @@ def suggest(name: str) -> str:
     return f"; did you mean {best}?" if likeness(best)[0] > 0.6 else ""
 
 
+def read_settings(given: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Field of Config -> value, of NAME -> (text, where it came from); UserError as from_env."""
+    values = {}
+    for name, (text, where) in given.items():
+        if name in FIXED:
+            require(text.strip() in FIXED[name],
+                    f"{where}={text}: only {FIXED[name][0]} is possible; unset it")
+        elif name in SETTINGS:
+            values[name.lower()] = parse_value(SETTINGS[name], text, where)
+        else:
+            raise UserError(f"{where}: no such setting{suggest(name)}; --help lists all")
+    return values
+
+
 def parse_value(entry: Any, text: str, where: str) -> Any:
     """The value of one setting from its text, or UserError naming where it came from."""
-    kind, (_, lo, hi, choices) = entry.type, entry.metadata.values()
+    kind, lo, hi, choices = entry.type, *map(entry.metadata.get, ("lo", "hi", "choices"))
     words = {"0": False, "1": True, "false": False, "true": True}
     try:
         value = words[text.strip().lower()] if kind is bool else kind(text.strip())
@@ -463,12 +471,16 @@ def parse_value(entry: Any, text: str, where: str) -> Any:
     return value
 
 
-def read_preset(name: str, folder: Path, above: tuple = ()) -> dict[str, tuple[str, str]]:
-    """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment, PRESET=NAME
-    starts from another preset; `above` are those that started from this one."""
+def read_preset(name: str, folder: Path, where: str = "PRESET",
+                above: tuple[Path, ...] = ()) -> dict[str, tuple[str, str]]:
+    """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment. PRESET=NAME
+    comes first, if at all, and starts from another one, beside it or here. `where` asks for this
+    preset, `above` are those that started from it."""
     path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
     known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
-    require(path.is_file(), f"PRESET={name}: no file {path}; presets here: {known or 'none'}")
+    require(path.is_file(), f"{where}={name}: no file {path}; presets here: {known or 'none'}")
+    above = path.resolve(), *above
+    require(above[0] not in above[1:], f"{where}={name}: this preset starts from itself; break it")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -477,9 +489,11 @@ def read_preset(name: str, folder: Path, above: tuple = ()) -> dict[str, tuple[s
     for number, line in enumerate(lines, 1):
         key, sep, value = (part.strip() for part in line.split("#")[0].partition("="))
         require(sep or not key, f"{path}:{number}: not a NAME=value line: {key}")
-        if key == "PRESET":  # what is here replaces what is there
-            require(value not in (path.stem, *above), f"{path}:{number}: starts from itself")
-            found = read_preset(value, folder, (path.stem, *above)) | found
+        if key == "PRESET":
+            require(not found, f"{path}:{number}: PRESET must be the first setting of a preset")
+            near = path.parent / f"{value.removesuffix('.env')}.env"
+            base = str(near) if near.is_file() and near.resolve() != above[0] else value
+            found = read_preset(base, folder, f"{path}:{number}: PRESET", above)
         elif sep:
             found[key] = value, f"{path}:{number}: {key}"
     return found
@@ -4633,8 +4647,8 @@ def main(age: float = 0.0) -> int:
         print(help_text())
         return 0
     try:
-        require(sys.argv[1:] in ([], ["audit"]),
-                f"{[*sys.argv, ''][1]}: settings are environment variables; see --help")
+        if sys.argv[1:] not in ([], ["audit"]):
+            raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
         run(os.environ, age, audit=len(sys.argv) > 1)
     except UserError as error:
         if is_first_to_fail():

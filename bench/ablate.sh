@@ -5,7 +5,8 @@
 #   ITERATIONS=60 bench/ablate.sh cpu_demo        any setting in the environment holds for all runs
 #   JOBS=4 bench/ablate.sh      so many runs at a time: seconds say nothing then, and training must
 #                               end by ITERATIONS, with MAX_WALLCLOCK_SECONDS=0
-#   FUSED=data_fused   adds the same documents prepared with --fuse-markers
+#   FUSED=data_fused   adds the same documents prepared with --fuse-markers; pr1855 adds best;
+#                      ONLY=none runs the base alone
 # Techniques of training are trained; those of quantisation start from the base's weights, those of
 # evaluation from its artifact, so that nothing else differs. Folders: OUT/TECHNIQUE/seedN (OUT is
 # runs/ablate-PRESET); a run whose score is there is not repeated. The table is ablate_table.py's.
@@ -18,14 +19,15 @@ preset=${1:-$([ "$gpus" -gt 0 ] && echo pr1855 || echo cpu_demo)}
 out=${OUT:-runs/ablate-$preset}
 # what the techniques below are settings of
 export QUANTISER=${QUANTISER:-uniform} TTT_STREAM=${TTT_STREAM:-0}
-# value NAME PRESET: what the preset, or the one that it starts from, sets
-value() {
-  local found
-  found=$(sed -n "s/^$1=\([^ ]*\).*/\1/p" "presets/$2.env" | tail -1)
-  echo "${found:-$(value "$1" "$(sed -n 's/^PRESET=\([^ ]*\).*/\1/p' "presets/$2.env")")}"
-}
-length=${TRAIN_SEQ_LEN:-$(value TRAIN_SEQ_LEN "$preset")}
-context=${TTT_EVAL_SEQ_LEN:-$(value TTT_EVAL_SEQ_LEN "$preset")}
+lengths=$(PRESET=$preset python -c '
+import os, sys, train_gpt as t
+try:
+    cfg = t.Config.from_env(os.environ)
+    print(cfg.train_seq_len, cfg.ttt_eval_seq_len)
+except t.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)')
+read -r length context <<< "$lengths"
 
 techniques="
 slope03       train LEAKY_RELU_SLOPE=0.3
@@ -54,14 +56,21 @@ if [ -n "${TOKENIZER_PATH:-}" ]; then
   techniques+="tilt_words    eval  NGRAM_TILT_ENABLED=1 WITHIN_BOOST=0.75 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5
 "
 fi
-if [ "$preset" != cpu_demo ] && [ "$preset" != best ]; then
-  techniques+="best          train PRESET=best SEQ_CHANGE_WARMUP_STEPS=${RISE:-32}
+if [ "$preset" = pr1855 ]; then
+  techniques+="best          train PRESET=best QUANTISER=tcq TTT_STREAM=1 \
+SEQ_CHANGE_WARMUP_STEPS=${RISE:-32}
 "
 fi
 if [ -n "${FUSED:-}" ]; then
   techniques+="fused         train DATA_PATH= DATA_DIR=$FUSED TOKENIZER_PATH=
 "
 fi
+
+for name in ${ONLY:-}; do
+  if [ "$name" != none ] && ! grep -q "^$name " <<< "$techniques"; then
+    echo "error: ONLY=$name: no such technique for $preset; the list is in $0" >&2; exit 2
+  fi
+done
 
 processes=1
 for n in 2 4 8; do if [ "$gpus" -ge "$n" ]; then processes=$n; fi; done

@@ -155,6 +155,42 @@ def test_preset_errors_name_file_and_line(tmp_path, line, words):
     assert words in text
 
 
+def test_a_preset_starts_from_another(tmp_path):
+    (tmp_path / "base.env").write_text("PRESET=pr1855\nMODEL_DIM=256\nSEED=3\n")
+    path = preset(tmp_path, "# why\nPRESET=base   # beside it\nSEED=4\n")
+    cfg = t.Config.from_env({"PRESET": path, "NUM_LAYERS": "10"}, ROOT)
+    assert (cfg.model_dim, cfg.seed, cfg.leaky_relu_slope, cfg.num_layers) == (256, 4, 0.5, 10)
+    (tmp_path / "best.env").write_text("PRESET=best\nSEED=5\n")  # a name that the program has, too
+    assert t.Config.from_env({"PRESET": str(tmp_path / "best.env")}, ROOT) == t.Config(seed=5)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("PRESET=nosuch", ":1: PRESET=nosuch: no file"), ("SEED=1\nPRESET=pr1855", "the first setting"),
+    ("PRESET=pr1855\nPRESET=best", "the first setting"), ("PRESET=round", "starts from itself")])
+def test_a_wrong_start_is_refused(tmp_path, text, words):
+    (tmp_path / "round.env").write_text(f"PRESET={tmp_path}/mine.env\n")
+    assert words in refused({"PRESET": preset(tmp_path, text)})
+
+
+@pytest.mark.parametrize(("given", "gives_way"), [
+    ("TRAIN_SEQ_LEN=1024", dict(train_seq_schedule="")), ("TRAIN_SEQ_LEN=3072", {}),
+    ("TTT_ENABLED=0", dict(ngram_tilt_enabled=False)), ("TTT_ENABLED=1", {}),
+    ("NGRAM_MIXER=exact", dict(ngram_tilt_enabled=False)),
+    ("SLOT_ENABLED=1", dict(ttt_stream=False)),
+    ("TTT_SHORT_SCORE_FIRST_ENABLED=1", dict(ttt_stream=False)),
+    ("AWQ_LITE_ENABLED=1", dict(quantiser="uniform"))])
+@pytest.mark.parametrize("preset", ["", "best"])
+def test_what_leaves_no_room_makes_give_way(given, gives_way, preset):
+    """What the environment asks for wins over the defaults, and over a preset that says them."""
+    name, _, text = given.partition("=")
+    value = t.parse_value(t.SETTINGS[name], text, name)
+    cfg = t.Config.from_env({name: text, "PRESET": preset}, ROOT)
+    assert cfg == dataclasses.replace(t.Config(), **{name.lower(): value}, **gives_way)
+    for other in gives_way:  # but not over what stands beside it
+        kept = {other.upper(): str(getattr(t.Config(), other))}
+        assert "contradictory" in refused({name: text, "PRESET": preset, **kept})
+
+
 def test_unknown_preset_lists_the_known():
     text = refused({"PRESET": "pr1866"})
     assert "PRESET=pr1866" in text
