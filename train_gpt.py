@@ -456,7 +456,7 @@ def read_settings(given: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
 
 def parse_value(entry: Any, text: str, where: str) -> Any:
     """The value of one setting from its text, or UserError naming where it came from."""
-    kind, lo, hi, choices = entry.type, *map(entry.metadata.get, ("lo", "hi", "choices"))
+    kind, (lo, hi, choices) = entry.type, (entry.metadata[x] for x in ("lo", "hi", "choices"))
     words = {"0": False, "1": True, "false": False, "true": True}
     try:
         value = words[text.strip().lower()] if kind is bool else kind(text.strip())

@@ -20,7 +20,6 @@ import torch
 
 import train_gpt as t
 
-PRESETS = Path(__file__).resolve().parents[1] / "presets"
 DEFAULT = Path(__file__).resolve().parents[2] / "shared/golden/model_tiny.npz"
 
 
@@ -44,7 +43,7 @@ def load_golden(path: Path | str) -> tuple[t.Config, t.GPT]:
     """The configuration and the float32 model of a reference file."""
     with np.load(path) as file:
         settings = {k: str(v) for k, v in json.loads(str(file["config"])).items()}
-        cfg = t.Config.from_env({"PRESET": str(PRESETS / "pr1855.env"), **settings})
+        cfg = t.Config.from_env({"PRESET": "pr1855", **settings}, Path(t.__file__).parent)
         attention = t.choose_attention(torch.device("cpu"), torch.float32)
         model = t.GPT(cfg, attention.function)
         weights = {k[2:]: torch.from_numpy(file[k]) for k in file.files if k.startswith("w/")}

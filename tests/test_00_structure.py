@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,16 @@ def test_presets_are_known(path):
 
 def test_best_is_the_default():
     assert t.Config.from_env({"PRESET": "best"}, ROOT) == t.Config()
+
+
+def test_pr1855_is_the_record():
+    """All that the record's program and command had otherwise than the defaults."""
+    assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(
+        t.Config(), matrix_lr=0.026, leaky_relu_slope=0.5, qk_gain_init=5.0, train_seq_len=2048,
+        train_seq_schedule="", seq_change_warmup_steps=0, gptq_reserve_seconds=0.5,
+        quantiser="uniform", compressor="pergroup", eval_seq_len=2048, ttt_eval_seq_len=2048,
+        ttt_batch_size=64, ttt_chunk_size=48, ttt_stream=False, phased_ttt_num_phases=3,
+        ngram_tilt_enabled=False)
 
 
 def test_presets_say_only_what_differs():

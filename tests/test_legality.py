@@ -478,6 +478,8 @@ def test_row_17_environment(real, tmp_path):
     refused([path], "warmdown_frac: 0.05 ran, the program's default is 0.85, and the log lists")
     path = doctored(real, tmp_path, r"^  matrix_lr: 0\.026$", "  matrix_lr: 0.05")
     refused([path], "matrix_lr: 0.05 ran, the program's default is 0.028, and the log lists 0.026")
+    path = doctored(real, tmp_path, r"^not the default: .*$", "")
+    refused([path], "matrix_lr: 0.026 ran, the program's default is 0.028, and the log lists no")
 
 
 def test_row_18_digits(tmp_path):

@@ -146,8 +146,7 @@ def test_what_is_not_of_a_run_is_not_of_a_submission():
 def test_every_default_is_read_off_the_source():
     found = s.defaults_of((ROOT / "train_gpt.py").read_text())
     assert found.keys() == {name.lower() for name in SETTINGS}
-    assert all(s.alike(found[name], str(value)) or float(eval(found[name])) == value
-               for name, value in vars(Config()).items())
+    assert all(s.alike(found[name], str(value)) for name, value in vars(Config()).items())
 
 
 def test_comparison_by_hand(tmp_path):
