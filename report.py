@@ -20,8 +20,8 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ModuleNotFoundError:
-    raise submission.UserError(
-        "--report needs matplotlib: pip install -r requirements-report.txt") from None
+    raise submission.UserError("--report needs matplotlib; source .venv/bin/activate, or pip "
+                               "install -r requirements-report.txt") from None
 
 STYLE = {"figure.figsize": (7.5, 4.2), "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3,
          "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,

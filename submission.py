@@ -317,7 +317,8 @@ def compare(paths: list[Path], baseline: list[Path]) -> dict[str, Any]:
     try:
         from scipy.stats import ttest_ind
     except ModuleNotFoundError:
-        raise UserError("--baseline needs scipy: pip install -r requirements-report.txt") from None
+        raise UserError("--baseline needs scipy; source .venv/bin/activate, or pip install -r "
+                        "requirements-report.txt") from None
     try:
         ours, theirs = (values_of(p, "val_loss") for p in (paths, baseline))
         bpb = [statistics.mean(values_of(p, "val_bpb")) for p in (paths, baseline)]

@@ -91,7 +91,7 @@ def losses(out):
 def test_same_seed_same_run_other_seed_another(program):
     runs = [program(PREQUANT_ONLY=1, TRAIN_LOG_EVERY=1, SEED=seed) for seed in (7, 7, 8)]
     assert [code for code, _, _ in runs] == [0, 0, 0]
-    timed = r"(train_time:|tok/s:|eval_time:|allocated:|sha256:|seed:) ?\S+|^{.*}$"
+    timed = r"(train_time:|tok/s:|seconds:|left:|eval_time:|allocated:|sha256:|seed:) ?\S+|^{.*}$"
     first, again, other = (re.sub(timed, "", out, flags=re.MULTILINE) for _, out, _ in runs)
     assert first == again != other
     assert len(losses(first)) == 6

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import legality
+import preset as presets
 import submission as s
 import train_gpt as t
 from caseops import audit as data_audit
@@ -130,7 +131,7 @@ def test_nothing_is_found_in_what_is_legal(preset):
                "no adapters": dict(ttt_enabled=False)}.get(preset, {})
     cfg = tiny(**changes)
     if preset in LEGAL:
-        asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+        asked = {name: text for name, (text, _) in presets.read(preset, ROOT).items()}
         lists = {name: value for name, value in TINY_LISTS.items() if asked.get(name)}
         cfg = t.Config.from_env({**TINY, **lists, "PRESET": preset}, ROOT)
     assert found_in(cfg) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import preset as presets
 import submission
 import train_gpt as t
 from tests.tools import ROOT, TINY, TINY_LISTS, VAL_LENGTHS
@@ -41,7 +42,7 @@ def demo(tmp_path_factory):
 def test_preset_runs_from_end_to_end(preset, program, demo, tmp_path, monkeypatch):
     folder, model = demo
     monkeypatch.setattr(t, "pack_program", str.encode)  # seconds each, and the same every time
-    asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+    asked = {name: text for name, (text, _) in presets.read(preset, ROOT).items()}
     small = {name: text for name, text in TINY.items() if preset != "best" or name not in FAST}
     settings = {**small, "VOCAB_SIZE": VOCAB, "PRESET": preset, "DATA_PATH": folder,
                 **{name: value for name, value in TINY_LISTS.items() if asked.get(name)}}

@@ -135,9 +135,11 @@ class Recorder(t.Meter):
 
 
 def said(log: Path) -> str:
-    """What a log says that the console says, too: all but the program's source."""
+    """What a log says that the console says, too: all but the program's source, the list of all
+    settings and the last line."""
     lines = log.read_text().splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("source: "))
+    alone = "source: ", "Hyperparameters:", "  ", "not the default: ", '{"result": '
+    return "".join(line for line in lines if not line.startswith(alone))
 
 
 def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240):
