@@ -75,7 +75,11 @@ def read(name: str, folder: Path, where: str = "PRESET",
 
 
 def suggest(name: str) -> str:
-    """The known name that is nearest word by word, then as a whole, if any is near."""
+    """What other programs call so, else the known name that is nearest word by word, then as a
+    whole, if any is near."""
+    if OURS.get(name):
+        return f"; did you mean {OURS[name]}?"
+
     def alike(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
 

@@ -33,6 +33,9 @@ TINY = {
     "PHASED_TTT_PREFIX_DOCS": "6", "PHASED_TTT_NUM_PHASES": "2", "GLOBAL_TTT_CHUNK_TOKENS": "64",
     "GLOBAL_TTT_BATCH_SEQS": "2", "TTT_STREAM": "0",
 }
+# The presets that this repository has; those that a user puts beside them are his own affair.
+PRESETS = ("best", "cpu_demo", "pr1430_as_run", "pr1430_causal", "pr1787", "pr1855", "pr1934",
+           "pr2014", "pr2060", "pr2118", "pr2118_as_run", "pr2140")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
 # What else of a preset does not fit that size: lists of lengths, groups of too many columns.
 TINY_LISTS = {"TRAIN_SEQ_SCHEDULE": "8@0.1,16@0.7,32@1.0", "AWQ_LITE_GROUP_SIZE": "8",
