@@ -11,7 +11,7 @@ import torch
 import preset
 import train_gpt as t
 
-SHARE = 0.35  # of a large product's speed that the whole model reaches on a CPU (cpu_demo)
+SHARE = 0.5  # of that speed which a whole model reaches, roughly
 SHORT, LONG = 60.0, 3600.0  # seconds: not worth a word; a smaller model is proposed
 
 

@@ -1,6 +1,7 @@
 """What several test files share: a tiny configuration, synthetic shards, a model with no zeros."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,10 +146,19 @@ def said(log: Path) -> str:
     return "".join(line for line in lines if not line.startswith(alone))
 
 
-def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240):
-    """The program in a process of its own, with `settings` as its environment."""
+def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240,
+           interrupt=""):
+    """The program in a process of its own, with `settings` as its environment; Ctrl-C as soon as it
+    prints a line with the text `interrupt`."""
     keep = {k: v for k, v in os.environ.items() if not t.is_ours(k) and k != "PRESET"}
     env = {**keep, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
     command = [sys.executable, *launcher, str(program)]
+    if interrupt:
+        with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) as run:
+            next(line for line in run.stdout if interrupt in line)
+            run.send_signal(signal.SIGINT)
+            out, err = run.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(command, run.returncode, out, err)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True,
                           timeout=timeout, check=False)
