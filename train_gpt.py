@@ -106,6 +106,7 @@ class Config:
     quantize_only: bool = setting(False, "load final_model.pt instead of training")
     checkpoint_every_seconds: float = setting(0.0, "between checkpoints; 0: none, no resuming", 0)
     legality_check: bool = setting(False, "audit the artifact at the end of a run")
+    scores_path: str = setting("", "FILE.npz for every target's nats and its place in the order")
     # -- data and batches, in tokens
     vocab_size: int = setting(8192, "V, size of the vocabulary", 8, 65536)
     train_batch_tokens: int = setting(786432, "tokens a step: 8 rows, shared by the processes", 64)
@@ -296,6 +297,8 @@ class Config:
              "ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS"),
             ((self.mlp_mult * self.model_dim) % 1 == 0, "MLP_MULT * MODEL_DIM must be whole"),
             (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
+            (self.scores_path.endswith(".npz") or not self.scores_path,
+             "SCORES_PATH must end in .npz"),
             (not loops or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
             (not (loops and lanes) or self.loop_end < lanes,
@@ -417,7 +420,8 @@ GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "E
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 # Where a run writes, and how it is watched: no part of its configuration.
-NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
+NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK",
+                "SCORES_PATH"}
 
 
 def is_ours(name: str) -> bool:
@@ -3319,7 +3323,7 @@ class ValSet(NamedTuple):
 
     def documents(self) -> list[tuple[int, int]]:
         """(begin, end) of every document; its last token is the BOS that follows."""
-        begins = np.flatnonzero(self.ids == BOS)
+        begins = np.union1d(0, np.flatnonzero(self.ids == BOS))
         ends = np.append(begins[1:] + 1, len(self.ids))
         return [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
 
@@ -3371,18 +3375,25 @@ def load_val(cfg: Config) -> ValSet:
 
 
 class Meter:
-    """The one place where losses become val_loss and val_bpb: float64 sums on the device."""
+    """The one place where losses become val_loss and val_bpb: float64 sums on the device.
 
-    def __init__(self, rt: Runtime):
+    With `places`, the length of the coding order, it also keeps every loss by its place there."""
+
+    def __init__(self, rt: Runtime, places: int = 0):
         self.rt, kind = rt, {"dtype": torch.float64, "device": rt.device}
         self.nats, self.tokens, self.bytes = torch.zeros(3, **kind).unbind()
         self.lengths = torch.zeros(32, 3, **kind)  # the sums by `file_under`
+        self.kept = torch.zeros(places and places + 1, device=rt.device)  # the last one: not scored
 
-    def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
-        """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
+    def add(self, losses: Tensor, sizes: Tensor, mask: Tensor, place: Tensor | None = None) -> None:
+        """Losses [..., C] in nats, original bytes and a 0/1 mask of scored targets; place [...]: of
+        the first target of each row in the coding order."""
         self.nats += torch.where(mask, losses.detach(), 0.0).sum(dtype=torch.float64)
         self.bytes += (sizes * mask).sum()
         self.tokens += mask.sum()
+        if len(self.kept):
+            at = place[..., None] + torch.arange(losses.shape[-1], device=place.device)
+            self.kept[at.masked_fill(~mask, len(self.kept) - 1)] = losses.detach()
 
     def file_under(self, targets: int) -> None:
         """What came since the last call is of documents of at most about so many targets."""
@@ -3407,10 +3418,11 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
-    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens; row
-    k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
-    length, meter = cfg.val_batch_tokens // 8, Meter(rt)
+def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime,
+             meter: Meter | None = None) -> Score:
+    """Plain evaluation: every target once, in the order of the stream, in rows of VAL_BATCH_TOKENS/8
+    tokens; row k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
+    length, meter = cfg.val_batch_tokens // 8, meter or Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
         fill = (0, length - (end - begin) if rt.device.type == "cuda" else 0)
@@ -3418,7 +3430,8 @@ def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
         sizes = torch.from_numpy(np.pad(val.bytes[begin + 1 : end + 1], fill)).to(rt.device)
         row = make_row(ids, targets, cfg.eval_seq_len, rt.device)
         mask = torch.arange(len(ids), device=rt.device) < end - begin
-        meter.add(forward(row.ids, row.targets, row.segments, True)[0], sizes, mask)
+        losses = forward(row.ids, row.targets, row.segments, True)[0]
+        meter.add(losses, sizes, mask, torch.tensor(begin, device=rt.device))
     return meter.result()
 
 
@@ -3428,9 +3441,10 @@ def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
            f"eval_time:{1000 * seconds:.0f}ms")
 
 
-def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime) -> Score:
+def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime,
+                     meter: Meter | None = None) -> Score:
     started = rt.seconds()
-    score = evaluate(model, val, cfg, rt)
+    score = evaluate(model, val, cfg, rt, meter)
     log_score(rt, label, score, rt.seconds() - started)
     return score
 
@@ -3439,10 +3453,12 @@ def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runti
 # §11 Test-time training
 # ==================================================================================================
 class Document(NamedTuple):
-    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows."""
+    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows; its first
+    target's place in the coding order."""
 
     begin: int
     end: int
+    place: int = 0
 
     @property
     def targets(self) -> int:
@@ -3458,6 +3474,7 @@ def document_batches(documents: list[Document], size: int) -> list[list[Document
 def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     """Counts of scored documents at which a global phase runs."""
     prefix, phases = min(cfg.phased_ttt_prefix_docs, documents), cfg.phased_ttt_num_phases
+    prefix *= not cfg.ttt_second_pass_frac
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
@@ -3476,7 +3493,7 @@ class Window(NamedTuple):
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
-    first: Tensor  # [b] position in the stream of the token before the chunk's first target
+    place: Tensor  # [b] of the chunk's first target in the coding order
     reach: int = 0  # tokens in Past that are looked at
 
 
@@ -3521,7 +3538,7 @@ def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.
         for x, source in zip(text, val, strict=True):
             x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
     (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
-    begins = upload(np.array([doc.begin for doc in batch]), device)
+    places = upload(np.array([doc.place for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
         at, windows = chunk * C, []
@@ -3540,7 +3557,7 @@ def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.
             windows.append(Window(
                 rows, seen, where, ids[rows, new], sizes[rows, new], late > 0,
                 (late[:, 0] > C).float(), bool((targets > C).any()), int(targets.clip(0, C).sum()),
-                begins[rows] + at, min(ring or 0, -(-at // unit) * unit)))
+                places[rows] + at, min(ring or 0, -(-at // unit) * unit)))
         yield windows
 
 
@@ -3590,7 +3607,7 @@ class Adapter:
         with torch.set_grad_enabled(window.updates):
             losses = self.losses(window)
         used = self.rules(losses.detach(), window, self.lora) if self.rules else losses
-        meter.add(used, window.sizes, window.mask)
+        meter.add(used, window.sizes, window.mask, window.place)
         return Scored(losses, window)
 
     def learn(self, scored: Scored) -> None:
@@ -3698,6 +3715,40 @@ def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
     return rounds
 
 
+class Schedule(NamedTuple):
+    """Who scores what, fixed by document lengths, settings and world size before anything is
+    scored. It is the coding order: round, rank, batch, document in its batch, position. A target's
+    score is a function of the artifact and of the targets before it in that order."""
+
+    batches: list[list[Document]]  # numbered by rising length
+    boundaries: list[int]  # see phase_boundaries
+    rounds: list[list[list[int]]]  # numbers of batches for each rank; see `deal`
+
+    def documents(self) -> list[Document]:
+        """All documents in the coding order."""
+        return [doc for hands in self.rounds for numbers in hands for n in numbers
+                for doc in self.batches[n]]
+
+    def stream(self, ids: np.ndarray) -> np.ndarray:
+        """The validation stream put into the coding order, a BOS behind it; what stands behind
+        place t of it is the target at place t."""
+        parts = [ids[doc.begin : doc.end - (ids[doc.end - 1] == BOS)] for doc in self.documents()]
+        return np.concatenate([*parts, [BOS]])
+
+
+def make_schedule(val: ValSet, cfg: Config, world: int) -> Schedule:
+    """The schedule of phased test-time training in a world of that size."""
+    documents, place = [Document(*d) for d in val.documents()], 0
+    batches = document_batches(documents, cfg.ttt_batch_size)
+    boundaries = phase_boundaries(cfg, len(documents))
+    schedule = Schedule(batches, boundaries, deal(batches, boundaries, cfg, world))
+    for batch in (batches[n] for hands in schedule.rounds for numbers in hands for n in numbers):
+        for b, doc in enumerate(batch):
+            batch[b] = doc._replace(place=place)
+            place += doc.targets + int(val.ids[doc.end - 1] != BOS)  # nothing follows the last one
+    return schedule
+
+
 class ScoreProgress:
     """Rank 0's progress through its targets: a bar on a terminal, else a line every 20 s."""
 
@@ -3774,20 +3825,19 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
 
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
-                 init: Callable | None = None, rules: Any = None) -> Score:
+                 init: Callable | None = None, rules: Any = None,
+                 meter: Meter | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between,
     which train on what all ranks have scored by then. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
-    documents = [Document(*d) for d in val.documents()]
     if cfg.ttt_second_pass_frac:  # #1430, illegal; there a first pass scores, to no effect
+        documents = [Document(*d) for d in val.documents()]
         for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
             train_globally(model, documents[: math.ceil(part * len(documents))], val,
                            replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
-        cfg = replace(cfg, phased_ttt_prefix_docs=0)
-    batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
-    rounds = deal(batches, boundaries, cfg, rt.world)
+    (batches, boundaries, rounds), adapter = make_schedule(val, cfg, rt.world), None
+    meter = meter or Meter(rt)
     mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
     advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
     kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
@@ -3825,6 +3875,29 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     return meter.result()
 
 
+def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runtime,
+                 artifact: str) -> None:
+    """SCORES_PATH: an entry for every target in the order of the stream: nats as they entered the
+    score, original bytes, number of its document, place in the coding order; and where they come
+    from (a call of all ranks). `python submission.py --scores FILE` reads it."""
+    documents = [Document(*d, place=d[0]) for d in val.documents()]
+    if cfg.ttt_enabled:
+        documents = sorted(make_schedule(val, cfg, rt.world).documents())
+    places = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
+    nats, order = rt.sum_(meter.kept).cpu().numpy()[places], np.empty(len(places), np.int64)
+    order[np.argsort(places, kind="stable")] = np.arange(len(places))
+    record = {name: rt.record.get(name) for name in ("program_sha256", "data", "settings")}
+    meta = {**record, "artifact_sha256": artifact, "world": rt.world, "val_loss": score.loss,
+            "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes}
+    if rt.rank == 0:
+        np.savez_compressed(file := io.BytesIO(), nats=nats, bytes=val.bytes[1:], order=order,
+                            document=np.repeat(np.arange(len(documents), dtype=np.int32),
+                                               [doc.targets for doc in documents]),
+                            meta=np.array(json.dumps(meta)))
+        write_atomic(cfg.scores_path, file.getbuffer())
+        rt.log(f"scores: {cfg.scores_path} {len(nats)} targets")
+
+
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
     """Read the artifact back and score it: plainly, while the rules' tables are built, then with
@@ -3848,12 +3921,14 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
-    timed_evaluation("diagnostic quantized", model, val, cfg, rt)
+    meter = Meter(rt, len(val.ids) if cfg.scores_path else 0)
+    score = timed_evaluation("diagnostic quantized", model, val, cfg, rt,
+                             None if cfg.ttt_enabled else meter)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
         if rules:
             rules.wait()
-        score = score_phased(model, val, cfg, rt, rules=rules)
+        score = score_phased(model, val, cfg, rt, rules=rules, meter=meter)
         earlier = rt.keeper.earlier if rt.keeper else 0.0  # before the run was killed
         log_score(rt, "quantized_ttt_phased", score, earlier + rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
@@ -3862,6 +3937,8 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
         started -= earlier
     rt.record["evaluation_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
+    if cfg.scores_path:
+        write_scores(meter, score, val, cfg, rt, hashlib.sha256(blob).hexdigest())
 
 
 # ==================================================================================================
@@ -4111,7 +4188,8 @@ class ScoreRules:
     until `wait`, and the other ranks get them from it."""
 
     def __init__(self, cfg: Config, rt: Runtime, model: GPT, val: ValSet):
-        self.cfg, self.rt, self.model, self.count = cfg, rt, model, len(val.ids) - 1
+        self.cfg, self.rt, self.model = cfg, rt, model
+        self.count = len(val.ids) - int(val.ids[-1] == BOS)  # entries, one of them never looked at
         pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
         classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
         self.classes, self.built = torch.from_numpy(classes).to(rt.device), None
@@ -4119,17 +4197,18 @@ class ScoreRules:
         if cfg.ngram_tilt_enabled:
             self.kinds = torch.int32, torch.float32, torch.uint8
         if self.kinds and rt.rank == 0:
-            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, pieces)
+            self.built = ThreadPoolExecutor(1).submit(self.build, val, pieces)
 
-    def build(self, ids: np.ndarray, pieces: list[str] | None) -> list[Tensor]:
-        """The tables, on the host; logs how long they took."""
+    def build(self, val: ValSet, pieces: list[str] | None) -> list[Tensor]:
+        """The tables over the stream in the coding order, on the host; logs how long they took."""
         started, cfg = time.perf_counter(), self.cfg
+        ids = make_schedule(val, cfg, self.rt.world).stream(val.ids)
         if mixer := {"exact": exact_mixer, "hashed": hashed_mixer}.get(cfg.ngram_mixer):
             tables = (mixer(ids, cfg),)
         else:
             tables = tilt_table(ids, cfg, pieces, self.rt.log)
         self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
-                    f"{time.perf_counter() - started:.1f}s total_targets={self.count}")
+                    f"{time.perf_counter() - started:.1f}s total_targets={len(val.ids) - 1}")
         return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
 
     def wait(self) -> None:
@@ -4160,7 +4239,7 @@ class ScoreRules:
         logp = (self.model.logits(h, lora) + shift).log_softmax(-1)
         if cfg.slot_enabled:
             losses = -logp.gather(2, window.targets[:, :, None])[:, :, 0]
-        t = window.first[:, None] + torch.arange(losses.shape[1], device=h.device)
+        t = window.place[:, None] + torch.arange(losses.shape[1], device=h.device)
         found = [table[t.clamp(max=self.count - 1)] for table in self.tables]
         if cfg.ngram_tilt_enabled:
             return tilt(losses, logp, window.targets, *found, self.classes)
@@ -4609,6 +4688,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
     log_header(cfg, rt, attention)
     rt.log(identity)
+    rt.record["data"] = identity
     if rt.world > 1 and (reliability := extra("reliability", needed=False)):
         rt.lifeline = reliability.Lifeline(rt)
         rt.lifeline.start()
