@@ -531,11 +531,7 @@ def asked_plainly(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
 def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
     """The same of test-time training: asked when the last target is about to be scored, adapters
     and weights as they are then. A table of n-grams is made for each token as the last."""
-    last, how, losses = len(val.ids) - 1, [], []
-
-    def build(rules: t.ScoreRules, original: Callable, val: t.ValSet, *args: Any) -> list:
-        how[:] = args
-        return original(rules, val, *args)
+    last, losses = len(val.ids) - 1, []
 
     def score(adapter: t.Adapter, original: Callable, window: t.Window, meter: t.Meter) -> t.Scored:
         rules = adapter.rules
@@ -547,8 +543,8 @@ def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
                 many = {name: x[rows] for name, x in window._asdict().items()
                         if isinstance(x, torch.Tensor) and x.dim()}
                 many["targets"][:, c] = tokens
-                if how:  # their tables one after another
-                    tables = [[x[:last] for x in rules.build(ended(val, a), *how)]
+                if rules and rules.kinds:  # their tables one after another
+                    tables = [[x[:last] for x in rules.build(ended(val, a))]
                               for a in tokens.tolist()]
                     rules.tables = [torch.cat(x).to(tokens.device) for x in zip(*tables)]
                     rules.count = len(tokens) * last
@@ -560,7 +556,7 @@ def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
             if rules:
                 rules.tables, rules.count = kept
         return original(adapter, window, meter)
-    with patched({"build": build}, t.ScoreRules), patched({"score": score}, t.Adapter):
+    with patched({"score": score}, t.Adapter):
         ledger, _ = bench.run("ttt", val)
     return losses, ledger
 
@@ -664,7 +660,7 @@ def findings(bench: Bench, val: t.ValSet, out: Callable[[str], None] = print,
 
 
 def audit(cfg: t.Config, rt: t.Runtime, folder: Path) -> str:
-    """Every check (a call of all ranks); the findings go to the log, the first one is the result."""
+    """Every check (a call of all ranks). The findings go to the log; the first is the result."""
     started = time.perf_counter()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is meant where it is asked for

@@ -10,7 +10,7 @@ Settings  environment variables; --help lists them all; PRESET=NAME reads preset
 
 Contents
   §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
-  §1 Config            §5 Model             §9 Artifact               §13 SLOT
+  §1 Config            §5 Model             §9 Artifact               §13 Score rules
   §2 Runtime           §6 Optimisers        §10 Evaluation            §14 Training
   §3 Kernels           §7 Data              §11 Test-time training    §15 Main
 
@@ -322,7 +322,7 @@ class Config:
             (self.lqer_rank <= self.kv_dim, "LQER_RANK must be at most NUM_KV_HEADS * head width"),
             (not (self.ngram_tilt_enabled and self.ngram_mixer),
              "of NGRAM_TILT_ENABLED and NGRAM_MIXER at most one can be on"),
-            (self.tokenizer_path or not (self.ngram_tilt_enabled and self.word_experts),
+            (self.tokenizer_path or not self.word_experts,
              "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
@@ -353,12 +353,18 @@ class Config:
 
     @property
     def word_experts(self) -> bool:
-        return self.within_boost > 0 or self.word_boost > 0
+        return self.ngram_tilt_enabled and (self.within_boost > 0 or self.word_boost > 0)
+
+    @property
+    def variants(self) -> bool:
+        """Whether a score takes what variants.py holds."""
+        return bool(self.slot_enabled or self.ngram_mixer or self.word_experts
+                    or self.ttt_second_pass_frac)
 
     def illegal(self) -> list[str]:
         """Why the challenge would refuse a score made with these settings."""
         reasons = (
-            (self.ngram_tilt_enabled and self.word_experts and self.ngram_target_gate,
+            (self.word_experts and self.ngram_target_gate,
              "NGRAM_TARGET_GATE=1 gives a hint by the class of the token being scored"),
             (self.ngram_mixer == "hashed",
              "NGRAM_MIXER=hashed is no distribution: it does not sum to one over the vocabulary"),
@@ -605,6 +611,18 @@ def start_runtime(environ: Mapping[str, str]) -> Runtime:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=1))  # rank 0 compresses for minutes
     return Runtime(rank, world, device)
+
+
+def extra(name: str, needed: bool = True) -> Any:
+    """A module beside this file that only some modes need. The packed program travels alone, with
+    variants.py inside where its settings ask for that."""
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        require(error.name == name and not needed, f"{error.name} is missing: run train_gpt.py in "
+                "its repository, with requirements.txt installed")
+        return None
 
 
 class Recorder:
@@ -3286,11 +3304,11 @@ def artifact_report(blob: bytes) -> dict[str, int]:
     return {"directory": len(blob) - sum(sizes.values()), **sizes}
 
 
-# A packed program is brotli data, then a zip file with this one member: Python runs a zip whatever
+# A packed program is brotli data, then a zip file with this member: Python runs a zip whatever
 # precedes it. linecache serves tracebacks, inspect, Triton; `n` is no file, lest C print binary.
 STUB = """import brotli,linecache,os,sys,traceback
 __file__,__spec__,__package__=os.path.abspath(__loader__.archive),None,None
-sys.path[0],sys.excepthook=os.path.dirname(__file__),traceback.print_exception
+sys.path[:1],sys.excepthook=(os.path.dirname(__file__),__file__),traceback.print_exception
 with open(__file__,'rb')as f:s=brotli.decompress(f.read(%d)).decode()
 n=__file__+'.source'
 for k in(n,__file__):linecache.cache[k]=len(s),None,[l+'\\n'for l in s.split('\\n')],k
@@ -3298,17 +3316,20 @@ exec(compile(s,n,'exec'))
 """
 
 
-def pack_program(source: str) -> bytes:
+def pack_program(source: str, modules: Mapping[str, str] | None = None) -> bytes:
     """A smaller file that Python runs as it would `source` (__main__, __file__, argv, getsource,
-    spawned processes); it needs brotli only. Annotations stay: custom ops and dataclasses read
-    them. Names stay: some are keywords in Triton, and renaming locals would save only 1 kB."""
+    spawned processes); it needs brotli only, and holds `modules` (name: source) for it to import.
+    Annotations stay: custom ops and dataclasses read them. Names stay: some are keywords in Triton,
+    and renaming locals would save only 1 kB."""
     import python_minifier
-    small = python_minifier.minify(source, remove_literal_statements=True, remove_annotations=False,
-                                   rename_locals=False, hoist_literals=False)
+    small = functools.partial(python_minifier.minify, remove_literal_statements=True,
+                              remove_annotations=False, rename_locals=False, hoist_literals=False)
     file = io.BytesIO()
-    size = file.write(CODECS["brotli"][0](small.encode()))
+    size = file.write(CODECS["brotli"][0](small(source).encode()))
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(zipfile.ZipInfo("__main__.py"), STUB % size)
+        for name, text in (modules or {}).items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.py"), small(text), zipfile.ZIP_DEFLATED)
     return file.getvalue()
 
 
@@ -3420,7 +3441,7 @@ class Score(NamedTuple):
 @torch.no_grad()
 def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime,
              meter: Meter | None = None) -> Score:
-    """Plain evaluation: every target once, in the order of the stream, in rows of VAL_BATCH_TOKENS/8
+    """Plain evaluation: every target once, in the stream's order, in rows of VAL_BATCH_TOKENS/8
     tokens; row k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
     length, meter = cfg.val_batch_tokens // 8, meter or Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
@@ -3831,11 +3852,8 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     which train on what all ranks have scored by then. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
-    if cfg.ttt_second_pass_frac:  # #1430, illegal; there a first pass scores, to no effect
-        documents = [Document(*d) for d in val.documents()]
-        for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
-            train_globally(model, documents[: math.ceil(part * len(documents))], val,
-                           replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
+    if cfg.ttt_second_pass_frac:
+        extra("variants").first_pass(model, val, cfg, rt)
     (batches, boundaries, rounds), adapter = make_schedule(val, cfg, rt.world), None
     meter = meter or Meter(rt)
     mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
@@ -4011,205 +4029,57 @@ def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.n
     return y[rose[at - 1]], before, total - total[first]
 
 
-def token_classes(pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bool [V] which pieces start a word and which end one without (control, white space), and
-    bool [3, V]: any token, one that continues a word, one that starts it."""
-    start = np.array([piece.startswith("\u2581") for piece in pieces])
-    closed = np.array([bool(re.fullmatch(r"<(?!0x)\w+>|</s>|<0x(09|0A|0B|0C|0D|20)>", piece))
-                       for piece in pieces])
-    return start, closed, np.stack((start | ~start, ~start & ~closed, start & ~closed))
-
-
-def word_contexts(ids: np.ndarray, start: np.ndarray, closed: np.ndarray, cfg: Config,
-                  pieces: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ends, run) of the open word's tokens so far, then of its text and the WORD_ORDER - 2 words
-    before it, without case and punctuation. start, closed [V]: pieces that begin or end words."""
-    at, edge = np.arange(len(ids)), start | closed
-    first = np.maximum.accumulate(np.where(edge[ids], at, 0))
-    ends = np.flatnonzero(~closed[ids[first]] & edge[ids[first]])  # inside a word
-    again, run = contexts(ids, first, ends)
-    yield again, run
-    names, word = {}, np.full(len(ids), -1)
-    rest = np.setdiff1d(ends, again, assume_unique=True)
-    heads = np.r_[again[run_starts(run)], rest]
-    at_once, back = np.unique(heads, return_inverse=True)
-    texts = ("".join(pieces[i] for i in ids[first[t] : t + 1]) for t in at_once)
-    known = (text.replace("\u2581", " ").strip(" .,:;!?()[]{}<>\"'`").lower() for text in texts)
-    numbers = np.array([names.setdefault(text, len(names)) for text in known], np.int64)
-    word[np.r_[again, rest]] = numbers[back]
-    last = np.maximum.accumulate(np.where(word >= 0, at, -1))
-    key, t = word[ends], ends
-    for _ in range(cfg.word_order - 2):
-        t = np.where((t >= 0) & (first[t] > 0), last[first[t] - 1], -1)  # end of the word before
-        key = np.unique(key * (len(names) + 1) + np.where(t >= 0, word[t], len(names)),
-                        return_inverse=True)[1]
-    order = np.argsort(key, kind="stable")
-    yield ends[order], key[order]
-
-
-def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
-               log: Callable[[str], None]) -> tuple[np.ndarray, ...]:
-    """(hint [n-1], boost, kind): the token that the experts expect, or -1; idea: #1967.
-
-    Of the experts whose gate is open the one that promises most. A hint about a class moves
-    probability inside that class only. NGRAM_TARGET_GATE=1, as published: a hint about a class is
-    given where the token to be scored is of that class, and moves probability anywhere."""
+def tilt_hints(ids: np.ndarray, cfg: Config) -> np.ndarray:
+    """int32 [n-1]: the token that mostly followed the last TOKEN_ORDER - 1 tokens so far, where its
+    share of what followed them is TOKEN_THRESHOLD or more, else -1. idea: #1967"""
     ids, y = ids[:-1], ids[1:]
-    at = np.arange(len(ids))
-    found = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
-    # what each learns from and hints at: targets of its class, a row of `token_classes`
-    experts = [(*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0)]
-    if pieces:
-        start, closed, classes = token_classes(pieces)
-        both = word_contexts(ids, start, closed, cfg, pieces)
-        for kind, least, boost in ((1, cfg.within_tau, cfg.within_boost),
-                                   (2, cfg.word_tau, cfg.word_boost)):
-            experts.append((*next(both), classes[kind][y], least, boost, kind))
-    hints, gains = np.full((len(experts), len(ids)), -1, np.int32), np.full(len(ids), -np.inf)
-    hint, boost = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.float32)
-    kind = np.zeros(len(ids), np.uint8)
-    for row, (ends, run, learn, least, beta, number) in zip(hints, experts, strict=True):
-        top, count, total = best_before(run, y[ends], learn[ends])
-        p = count / np.maximum(total, 1)
-        opened = (total > 0) & (p >= least) & (beta > 0)
-        if cfg.ngram_target_gate:
-            opened &= learn[ends]
-        t, top, p = ends[opened], top[opened], p[opened]
-        row[t] = top
-        gain = p * beta - np.log1p(p * math.expm1(beta))
-        better = gain > gains[t]
-        t = t[better]
-        gains[t], hint[t], boost[t] = gain[better], top[better], beta
-        kind[t] = 0 if cfg.ngram_target_gate else number
-    agree = ((hints == hint) & (hint >= 0)).sum(0) >= 2
-    boost[agree] += cfg.agree_add_boost
-    gates = [*(hints >= 0).sum(1).tolist(), 0, 0]
-    log(f"ngram_tilt:hints total={len(ids)} gated={int((hint >= 0).sum())} token_gate={gates[0]} "
-        f"within_gate={gates[1]} word_gate={gates[2]} agree2plus={int(agree.sum())}")
-    return hint, boost, kind
+    at, hint = np.arange(len(ids)), np.full(len(ids), -1, np.int32)
+    ends, run = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
+    top, count, total = best_before(run, y[ends], np.ones(len(ends), bool))
+    sure = (total > 0) & (count / np.maximum(total, 1) >= cfg.token_threshold)
+    hint[ends[sure]] = top[sure]
+    return hint
 
 
-def exact_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
-    """log p(ids[t + 1]) [n-1] by n-grams: exact counts of the prefix, each token entered once.
-
-    From the unigrams (c + 1/2) / (t + 1 + V/2) up to order NGRAM_ORDER, Witten-Bell: with c, C and
-    D the counts of the token, of all and of different ones after the context,
-    p <- (c + D p) / (C + D), which sums to one over the vocabulary if p does."""
-    y, at = ids[1:], np.arange(len(ids) - 1)
-    p, ends = unigrams(ids, cfg.vocab_size), at
-    for length in range(1, cfg.ngram_order):
-        ends = np.sort(ends[ends >= length - 1])
-        ends, run = contexts(ids[:-1], np.maximum(at - length + 1, 0), ends)
-        c, first = counts_before(run, y[ends], ends >= 0), run_starts(run)
-        total, new = np.arange(len(ends)) - first, np.cumsum(c == 0) - (c == 0)
-        kinds = new - new[first]
-        p[ends] = np.where(total > 0, (c + kinds * p[ends]) / np.maximum(total + kinds, 1), p[ends])
-    return np.log(p)
-
-
-def unigrams(ids: np.ndarray, vocab: int) -> np.ndarray:
-    """p(ids[t + 1]) [n-1] from the counts of ids[: t + 1], half a count added to each token."""
-    count = counts_before(np.zeros_like(ids), ids, ids >= 0)
-    return (count[1:] + 0.5) / (np.arange(1, len(ids)) + 0.5 * vocab)
-
-
-HASH_PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017, 282527, 357347, 451439)
-
-
-def hashed_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
-    """#1430's score of ids[t + 1], no distribution: buckets without keys, so that what shares one
-    counts for all, and only the realised token's is looked at. The longest context that has a
-    count decides. Here a token enters once, at once; there 32 times, after a batch of windows."""
-    p = unigrams(ids, cfg.vocab_size)
-    for order in range(2, min(cfg.ngram_order, len(ids)) + 1):
-        nothing = np.zeros_like(ids[order - 1 :])
-        parts = (ids[k : k + len(nothing)] * HASH_PRIMES[k % 10] for k in range(order))
-        *_, before, key = itertools.accumulate(parts, np.bitwise_xor)  # oldest first, target last
-        context, whole = (counts_before(nothing, x & (cfg.ngram_buckets - 1), nothing == 0)
-                          for x in (before, key))
-        share = np.minimum(context, whole) / np.maximum(context, 1)
-        p[order - 2 :] = np.where(context > 0, share, p[order - 2 :])
-    return np.log(np.maximum(p, 1e-12))
-
-
-def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: Tensor, kind: Tensor,
-         classes: Tensor) -> Tensor:
-    """-log p' of the targets, p'(a) = p(a) exp(boost [a = hint]) / Z inside the hint's class S, Z
-    such that p'(S) = p(S), and p' = p outside it. All [b, C], but logp [b, C, V], classes [k, V].
-
-    With q = p(hint) / p(S), Z = 1 + q (exp(boost) - 1): p' sums to one like p."""
-    given, inside = hint >= 0, classes[kind.long()]
-    hint = hint.clamp(min=0).long()
-    mass = logp.masked_fill(~inside, -math.inf).logsumexp(-1)
-    q = (logp.gather(2, hint[:, :, None])[:, :, 0] - mass).clamp(max=0).exp()
-    moved = torch.log1p(q * torch.expm1(boost)) - boost * (targets == hint)
-    return losses + moved * (given & inside.gather(2, targets[:, :, None])[:, :, 0])
-
-
-def mix(losses: Tensor, logp: Tensor, ngram: Tensor, t: Tensor, cfg: Config) -> Tensor:
-    """-log((1 - alpha) p + alpha exp(ngram)) with alpha from the entropy of p: from the prefix."""
-    entropy = -(logp.exp() * logp).sum(-1)
-    alpha = torch.sigmoid(2 * (entropy - cfg.ngram_alpha_center))
-    alpha = cfg.ngram_alpha_base + cfg.ngram_alpha_range * alpha
-    alpha = alpha * (t >= cfg.ngram_min_tokens)
-    return -torch.logaddexp(torch.log1p(-alpha) - losses, alpha.log() + ngram)
+def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: float) -> Tensor:
+    """-log p' of the targets [b, C] for p'(a) = p(a) exp(boost [a = hint]) / Z, where there is a
+    hint; logp [b, C, V]. Z = 1 + p(hint) (exp(boost) - 1), so p' sums to one like p."""
+    p = logp.gather(2, hint.clamp(min=0).long()[:, :, None])[:, :, 0].exp()
+    moved = torch.log1p(p * math.expm1(boost)) - boost * (targets == hint)
+    return losses + moved * (hint >= 0)
 
 
 # ==================================================================================================
-# §13 SLOT
+# §13 Score rules
 # ==================================================================================================
-def fit_slot(model: GPT, lora: Lora, h: Tensor, targets: Tensor,
-             mask: Tensor) -> tuple[Tensor, ...]:
-    """Per document one shift of the state [b, 1, d] and one of the logits [b, 1, V], fitted to
-    `targets` [b, F] where `mask`, by SLOT_STEPS of AdamW from zero. h [b, F, d]. idea: #1430.
-
-    SLOT_BATCH_SEQS is a factor of the gradient only, as there; AdamW's epsilon sees it."""
-    cfg = model.cfg
-    shifts = [torch.zeros(len(h), 1, n, device=h.device, requires_grad=True)
-              for n in (cfg.model_dim, cfg.vocab_size)]
-    adamw = torch.optim.AdamW(shifts, betas=(cfg.slot_beta1, cfg.slot_beta2_ps), eps=1e-5,
-                              weight_decay=1e-8, capturable=h.is_cuda)
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.slot_batch_seqs
-    for k in range(cfg.slot_steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * k / max(1, cfg.slot_steps - 1)))
-        adamw.param_groups[0]["lr"] = cfg.slot_lr_min + (cfg.slot_lr - cfg.slot_lr_min) * cosine
-        with torch.enable_grad():
-            logits = model.logits(h + shifts[0].to(h.dtype), lora) + shifts[1]
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            grads = torch.autograd.grad((losses.view_as(weight) * weight).sum(), shifts)
-        shifts[0].grad, shifts[1].grad = grads
-        adamw.step()
-    return tuple(shift.detach() for shift in shifts)
-
-
 class ScoreRules:
-    """What makes a chunk's score of the model's probabilities besides themselves: SLOT, then the
-    tilt or the mixer. Gradients never see it. Rank 0 builds the tables, beside whatever else runs
-    until `wait`, and the other ranks get them from it."""
+    """What makes a chunk's score of the model's probabilities besides themselves: the n-gram tilt
+    (variants.py has more). Gradients never see it. Rank 0 builds the tables, beside whatever else
+    runs until `wait`, and the other ranks get them from it."""
+
+    kinds: tuple = (torch.int32,)  # types of the tables
 
     def __init__(self, cfg: Config, rt: Runtime, model: GPT, val: ValSet):
-        self.cfg, self.rt, self.model = cfg, rt, model
+        self.cfg, self.rt, self.model, self.built = cfg, rt, model, None
         self.count = len(val.ids) - int(val.ids[-1] == BOS)  # entries, one of them never looked at
-        pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
-        classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
-        self.classes, self.built = torch.from_numpy(classes).to(rt.device), None
-        self.kinds = (torch.float32,) if cfg.ngram_mixer else ()
-        if cfg.ngram_tilt_enabled:
-            self.kinds = torch.int32, torch.float32, torch.uint8
         if self.kinds and rt.rank == 0:
-            self.built = ThreadPoolExecutor(1).submit(self.build, val, pieces)
+            self.built = ThreadPoolExecutor(1).submit(self.build, val)
 
-    def build(self, val: ValSet, pieces: list[str] | None) -> list[Tensor]:
+    def tables_over(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The tables; entry t speaks about ids[t + 1] and is a function of ids[: t + 1]."""
+        hint = tilt_hints(ids, self.cfg)
+        self.rt.log(f"ngram_tilt:hints total={len(hint)} gated={int((hint >= 0).sum())} "
+                    f"token_gate={int((hint >= 0).sum())} within_gate=0 word_gate=0 agree2plus=0")
+        return (hint,)
+
+    def build(self, val: ValSet) -> list[Tensor]:
         """The tables over the stream in the coding order, on the host; logs how long they took."""
-        started, cfg = time.perf_counter(), self.cfg
-        ids = make_schedule(val, cfg, self.rt.world).stream(val.ids)
-        if mixer := {"exact": exact_mixer, "hashed": hashed_mixer}.get(cfg.ngram_mixer):
-            tables = (mixer(ids, cfg),)
-        else:
-            tables = tilt_table(ids, cfg, pieces, self.rt.log)
-        self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
+        started = time.perf_counter()
+        ids = make_schedule(val, self.cfg, self.rt.world).stream(val.ids)
+        tables = self.tables_over(ids)
+        self.rt.log(f"ngram_{'mixer' if self.cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
                     f"{time.perf_counter() - started:.1f}s total_targets={len(val.ids) - 1}")
-        return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
+        return [torch.from_numpy(x).to(kind) for x, kind in zip(tables, self.kinds, strict=True)]
 
     def wait(self) -> None:
         """Until the tables are there; then every rank has them on its device."""
@@ -4223,33 +4093,24 @@ class ScoreRules:
         """The final state of the forward that the next call is about."""
         self.h = h
 
+    def entries(self, window: Window) -> list[Tensor]:
+        """What the tables say [b, C] of a chunk's targets, by their places in the coding order."""
+        at = window.place[:, None] + torch.arange(window.targets.shape[1], device=self.rt.device)
+        return [table[at.clamp(max=self.count - 1)] for table in self.tables]
+
     @torch.no_grad()
     def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
-        cfg, at, shift = self.cfg, window.at, 0.0
-        h = self.h if cfg.ttt_stream else pick(self.h, at)
-        if cfg.slot_enabled:
-            targets, mask = window.targets, window.mask
-            if cfg.slot_fit == "context":
-                at = at[:, :1] + torch.arange(-cfg.slot_context, 0, device=h.device)
-                mask, at = (at >= 0) & mask[:, :1], at.clamp(min=0)
-                targets = window.ids.gather(1, at + 1)
-            delta, shift = fit_slot(self.model, lora, pick(self.h, at), targets, mask)
-            h = h + delta.to(h.dtype)
-        logp = (self.model.logits(h, lora) + shift).log_softmax(-1)
-        if cfg.slot_enabled:
-            losses = -logp.gather(2, window.targets[:, :, None])[:, :, 0]
-        t = window.place[:, None] + torch.arange(losses.shape[1], device=h.device)
-        found = [table[t.clamp(max=self.count - 1)] for table in self.tables]
-        if cfg.ngram_tilt_enabled:
-            return tilt(losses, logp, window.targets, *found, self.classes)
-        return mix(losses, logp, *found, t, cfg) if cfg.ngram_mixer else losses
+        h = self.h if self.cfg.ttt_stream else pick(self.h, window.at)
+        logp = self.model.logits(h, lora).log_softmax(-1)
+        return tilt(losses, logp, window.targets, *self.entries(window), self.cfg.token_boost)
 
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
     """The rules that the settings ask for, if any."""
-    wanted = cfg.slot_enabled or cfg.ngram_tilt_enabled or cfg.ngram_mixer
-    return ScoreRules(cfg, rt, model, val) if wanted else None
+    if cfg.variants:
+        return extra("variants").Rules(cfg, rt, model, val)
+    return ScoreRules(cfg, rt, model, val) if cfg.ngram_tilt_enabled else None
 
 
 # ==================================================================================================
@@ -4523,17 +4384,6 @@ def load_state(model: GPT, path: Path) -> None:
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
-def extra(name: str, needed: bool = True) -> Any:
-    """A module beside this file that only some modes need; the packed program travels alone."""
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        require(error.name == name and not needed, f"{error.name} is missing: run train_gpt.py in "
-                "its repository, with requirements.txt installed")
-        return None
-
-
 def program_digest() -> str:
     """sha256 of the program that runs, as it lies on the disk."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -4621,7 +4471,8 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
     """Quantise (noise: `sensitivities`, for tcq), compress, write the two files that count."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
-    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg))
+    modules = {"variants": inspect.getsource(extra("variants"))} if cfg.variants else {}
+    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg), modules)
 
     def encode(by_trellis: dict[str, Tensor] | None = None) -> bytes:
         nonlocal seconds
@@ -4679,7 +4530,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     if audit:
         cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
     rt = start_runtime(environ)
-    folder = Path(cfg.artifact_dir or ".")
+    folder, scores = Path(cfg.artifact_dir or "."), Path(cfg.scores_path)
+    require(scores.parent.is_dir(), f"SCORES_PATH={scores}: no such folder; make it first")
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     rt.open_log(Path(cfg.artifact_dir or "logs") / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:

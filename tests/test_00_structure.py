@@ -17,16 +17,15 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,669: the
-# record's program has 3,753.
+# section: (title, lines that it may have). The sum only falls; the record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 441), 2: ("Runtime", 154), 3: ("Kernels", 719),
+    0: ("Header", 66), 1: ("Config", 451), 2: ("Runtime", 166), 3: ("Kernels", 719),
     4: ("Attention", 137), 5: ("Model", 395), 6: ("Optimisers", 206), 7: ("Data", 207),
-    8: ("Quantisation", 562), 9: ("Artifact", 423), 10: ("Evaluation", 127),
-    11: ("Test-time training", 429), 12: ("N-gram", 214), 13: ("SLOT", 95), 14: ("Training", 268),
-    15: ("Main", 226),
+    8: ("Quantisation", 562), 9: ("Artifact", 426), 10: ("Evaluation", 137),
+    11: ("Test-time training", 489), 12: ("N-gram", 90), 13: ("Score rules", 64),
+    14: ("Training", 268), 15: ("Main", 218),
 }
-MOST_LINES = 4669
+MOST_LINES = 4601
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {

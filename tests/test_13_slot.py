@@ -1,4 +1,5 @@
-"""§13 SLOT: a loop over samples, what a fit may look at, and rules inside the evaluation."""
+"""§13 Score rules inside the evaluation; SLOT of variants.py: a loop over samples, what a fit may
+look at."""
 
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
+import variants as v
 from tests.tools import Recorder, busy_model, cosine_start, runtime, tiny, val_set
 
 LENGTHS = [7, 40, 23, 55, 31, 12]
@@ -56,7 +58,7 @@ def test_a_fit_is_a_loop_over_samples():
     h, targets = torch.randn(4, 9, cfg.model_dim, generator=gen), torch.arange(36).view(4, 9)
     count = torch.tensor([9, 4, 0, 1])
     mask = torch.arange(9) < count[:, None]
-    delta, bias = t.fit_slot(model, None, h, targets, mask)
+    delta, bias = v.fit_slot(model, None, h, targets, mask)
     for b, n in enumerate(count.tolist()):
         one = slot_of_one(model, h[b, :n], targets[b, :n], cfg) if n else (0 * delta[b, 0],
                                                                           0 * bias[b, 0])
@@ -153,7 +155,7 @@ def test_rules_look_at_their_own_place_of_the_stream(stream, changes):
                         want = raw[b, c].item()
                         if entry[0] >= 0:
                             q = logp[b, c, entry[0]].exp().item()
-                            beta = entry[1].item()
+                            beta = cfg.token_boost
                             want += math.log1p(q * math.expm1(beta)) - beta * (y == entry[0])
                             moved += 1
                     else:
