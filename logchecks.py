@@ -234,7 +234,8 @@ def build(paths: list[Path], draft: bool = False, program: Path | None = None) -
     if unlike := check_together(read):
         raise UserError(unlike[0])
     if program and hashlib.sha256(program.read_bytes()).hexdigest() != runs[0]["program_sha256"]:
-        raise UserError(f"{runs[0]['log']}: written by another program than {program}; run again")
+        raise UserError(f"{runs[0]['log']}: written by another program than {program}; run "
+                        "again, e.g. with ./run_3seed.sh --overwrite")
     summary: dict[str, Any] = {"runs": len(runs)}
     for name in STATISTICS:
         values = [run[name] for run in runs if run[name] is not None]

@@ -23,7 +23,6 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import claims
 from baseline import compare, verdict
