@@ -34,7 +34,7 @@ KEYS = (
     ("bytes_total", r"(total|submission).*bytes|bytes_total|artifact_(total|submission)"),
     ("artifact", r"bytes"),
     ("steps", r"^((max|min|mean|avg|train|training|num|final|n)_)*steps?"
-              r"(_(completed|trained|mean))?$"),
+              r"(_(completed|trained|mean|stop))?$"),
     ("train_s", r"^((max|mean|avg)_)?train(ing)?_(wall)?(time|clock|clock_time)?_?"
                 r"(s|sec|seconds|ms)(_max|_mean)?$"),
     ("eval_s", r"^((max|mean|avg|total|ttt)_)*(eval|evaluation|ttt)_(wall)?"
@@ -285,7 +285,8 @@ def compare_seed(seed: int, claimed: list[Said], run: dict[str, Any]) -> Lines:
             continue
         compared.append(said.name)
         if not agrees(said, values, 1e-6):
-            found.append(f"seed {seed}: {said.key} {short(said.value)}, the log says {values[0]}")
+            value = f"{values[0]:.1f} s" if seconds(said) is not None else values[0]
+            found.append(f"seed {seed}: {said.key} {short(said.value)}, the log says {value}")
     return found, compared, not_compared
 
 
@@ -297,10 +298,10 @@ def compare_whole(said: Said, runs: list[dict[str, Any]]) -> tuple[str | None, s
     first, every = [found[0] for found in each], [value for found in each for value in found]
     mean, what = statistics.mean(first), "mean"
     if said.how == "std":
-        if len(first) < 2:
-            return None, f"{said.key} (one log has no deviation)"
+        if len(first) < 2 or seconds(said) is not None:
+            return None, f"{said.key} (a deviation of one log, or of times)"
         stds = [statistics.stdev(first), statistics.pstdev(first)]
-        if any(close(said.value, std, 1e-5) for std in stds):
+        if any(close(said.value, std, 1 if counted(said) else 1e-5) for std in stds):
             return None, None
         return f"{said.key} {short(said.value)}: the logs give {stds[0]:.5f}", None
     if (time := seconds(said)) is not None:

@@ -48,7 +48,8 @@ def read_log(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def check_one_run(log: RunLog) -> list[str]:
-    """A log in which several runs stand: of each figure it is unclear whose it is."""
+    """A log in which several runs stand: of each figure it is unclear whose it is. And one that
+    is cut in its last line."""
     def count(pattern: str) -> int:
         return len(re.findall(pattern, log.text, re.MULTILINE))
 
@@ -57,7 +58,9 @@ def check_one_run(log: RunLog) -> list[str]:
         "quantized_ttt_phased", "quantized_ttt", "quantized_sliding_window"))
     if begun > 1 + count(r"^resumed: "):
         return ["two runs in one log; give every run a RUN_ID of its own"]
-    return ["two scores in one log; give every run a RUN_ID of its own"] if scored > 1 else []
+    found = ["two scores in one log; give every run a RUN_ID of its own"] if scored > 1 else []
+    cut = count(r'^\{"result": ') and not log.told
+    return [*found, "the last line, which holds the figures, is cut"] if cut else found
 
 
 def contradictions(text: dict[str, Any], told: dict[str, Any]) -> list[str]:

@@ -55,8 +55,9 @@ def told(**more):
     told(seed_42=BPB[42], seed_0={"val_bpb": BPB[0]}, seed_1234=BPB[1234]),
     told(seeds="42, 0, 1234"), told(seeds=[{"seed": k, "val_bpb": v} for k, v in BPB.items()]),
     told(baseline={"val_bpb": 1.07}, comparison={"bpb": -0.01}, delta_bpb=-0.009, p_value=0.01),
-    told(artifact_bytes=max(v[2] for v in RECORD.values()), pre_quant_val_bpb=1.064,
-         artifact_bytes_max=max(v[2] for v in RECORD.values()), steps_mean=4931.3),
+    told(artifact_bytes_mean=15901919, artifact_bytes_max=15907550, bytes_total=15907550,
+         train_steps_mean=4931.33, step_avg_ms_mean=121.7, artifact_bytes_std=5214,
+         comparison_baseline_bpb=1.081, pre_quant_val_bpb=1.064, eval_time_s_max=508.8),
 ], ids=lambda given: json.dumps(given)[:60])
 def test_forms_of_public_claims(given, audit):
     code, out, err = audit(given)

@@ -203,6 +203,13 @@ def test_two_runs_in_one_log_are_refused(tmp_path):
     assert "two runs in one log" in s.build([path], draft=True)["findings"][0]
 
 
+def test_a_cut_last_line_is_found(tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    with_result(path)
+    path.write_text(path.read_text()[:-20])
+    assert "the last line, which holds the figures, is cut" in s.build([path], True)["findings"][0]
+
+
 def test_a_cut_source_is_a_line(tmp_path, monkeypatch, capsys):
     """A viewer that cuts long lines, or a full disk."""
     (path,) = write_logs(tmp_path, (1, 1.06))
