@@ -44,8 +44,10 @@ SPREAD = re.compile(r"(^|_)(std|stdev|sd|sigma|stddev|std_dev|spread)(_|$)")
 EXTREMES = (("max", r"(^|_)(max|worst)(_|$)"), ("min", r"(^|_)(min|best)(_|$)"))
 # objects in which a submission's own figures stand; what stands in others is not looked at
 NESTED = re.compile(r"summary|results?|metrics|mean|std|averages?|aggregate\w*|stat\w*|scores?"
-                    r"|final\w*|three_seed\w*|.*bpb.*|.*val_loss.*")
+                    r"|final\w*|three_seed\w*|pre_?quant\w*|quantized\w*|post_\w*|ttt\w*"
+                    r"|.*bpb.*|.*val_loss.*")
 BY_SEED = re.compile(r"seed|run|result|bpb|loss|bytes|log")
+OF_SEED = re.compile(r"(^|_)(seed|s)_?(\d{1,18})(_|$)")
 PLAIN = re.compile(r"(mean_|ttt_|final_)*val_(bpb|loss)(_mean)?")
 SEED_KEY = re.compile(r"(?:seed|s)?[ _-]?(\d{1,18})", re.IGNORECASE)
 SOUGHT = "val_bpb, mean_val_bpb, val_bpb_mean, ttt_val_bpb, seed_results"
@@ -134,16 +136,16 @@ def walk(claim: Claim, given: dict[str, Any], prefix: str, depth: int = 0) -> No
     """Sort what an object says into `claim`."""
     for key, value in given.items():
         path, others = f"{prefix}{key}", OTHERS.search(word(key))
-        if key == "seeds" or key == "seed":
-            take_seed_numbers(claim, value)
-        if isinstance(value, list):
-            if not others:
-                take_list(claim, path, value)
+        if key in ("seeds", "seed"):
+            take_seed_numbers(claim, value, several=key == "seeds")
+        if isinstance(value, list | dict) and others:
+            claim.skipped.append(path)
+        elif isinstance(value, list):
+            take_list(claim, path, value)
         elif isinstance(value, dict):
-            if not others:
-                take_object(claim, path, key, value, depth)
-        elif key.lower().startswith("seed") and seed_of(key) is not None:
-            take_seeds(claim, "val_bpb", {seed_of(key): value})
+            take_object(claim, path, key, value, depth)
+        elif found := OF_SEED.search(word(key)):
+            take_bare(claim, claim.seeds.setdefault(int(found[3]), []), path, value)
         elif key not in ("seed", "seeds"):
             take(claim, claim.said, path, value)
     numbers = [seed for seed, said in claim.seeds.items() if not said]
@@ -164,14 +166,18 @@ def take_object(claim: Claim, path: str, key: str, value: dict[str, Any], depth:
     rest = {k: v for k, v in value.items() if not rows or seed_of(k) is None}
     if depth < 4 and rest and (rows or NESTED.fullmatch(key.lower())):
         walk(claim, rest, f"{path}.", depth + 1)
+    elif any(isinstance(v, int | Decimal) and not isinstance(v, bool) for _, v in flat(rest)):
+        claim.skipped.append(path)
 
 
-def take_seed_numbers(claim: Claim, value: Any) -> None:
-    """The seeds that `seed` or `seeds` names: a number, a list of numbers, or text."""
+def take_seed_numbers(claim: Claim, value: Any, several: bool) -> None:
+    """The seeds that `seed` names (a number) or `seeds` (a list or text; a number counts them)."""
     values = re.split(r"[,;\s]+", value.strip()) if isinstance(value, str) else value
     values = values if isinstance(values, list) else [values]
     seeds = [seed_of(seed) for seed in values if not isinstance(seed, dict)]
-    for seed in seeds if None not in seeds else ():
+    if None in seeds or several and len(seeds) < 2 and not isinstance(value, list):
+        return
+    for seed in seeds:
         claim.seeds.setdefault(seed, [])
 
 
@@ -190,8 +196,18 @@ def take(claim: Claim, place: list[Said], path: str, value: Any) -> None:
         place.append(Said(path, name, how, figure))
 
 
+def take_bare(claim: Claim, place: list[Said], path: str, value: Any) -> None:
+    """A number without a name of its own: the figure that `path` names or, where it names none and
+    the number looks like one, val_bpb."""
+    figure = number(value)
+    if named(path)[0]:
+        take(claim, place, path, value)
+    elif figure is not None and (not figure.is_finite() or 0 < figure < 20 and figure % 1):
+        take(claim, place, f"{path} (val_bpb)", value)
+
+
 def take_seeds(claim: Claim, path: str, rows: dict[int | None, Any]) -> None:
-    """Figures by seed: objects, or bare numbers of what `path` speaks of (else val_bpb)."""
+    """Figures by seed: objects, or bare numbers."""
     for seed, value in rows.items():
         place = claim.seeds.setdefault(seed, [])
         if isinstance(value, dict):
@@ -199,7 +215,7 @@ def take_seeds(claim: Claim, path: str, rows: dict[int | None, Any]) -> None:
                 if key != "seed":
                     take(claim, place, key, figure)
         else:
-            take(claim, place, path if named(path)[0] else "val_bpb", value)
+            take_bare(claim, place, path, value)
 
 
 def take_list(claim: Claim, path: str, rows: list[Any]) -> None:
@@ -215,8 +231,8 @@ def take_list(claim: Claim, path: str, rows: list[Any]) -> None:
             else:
                 for key, figure in flat(row):
                     take(claim, claim.bare, key, figure)
-        elif known or isinstance(row, Decimal):  # whole numbers are seeds
-            take(claim, claim.bare, path if known else "val_bpb", row)
+        else:
+            take_bare(claim, claim.bare, path, row)
 
 
 def flat(given: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
