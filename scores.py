@@ -179,7 +179,7 @@ def check_scores(path: Path, logs: list[Path]) -> tuple[list[str], int]:
              f"artifact {str(meta['artifact_sha256'])[:16]}, program "
              f"{str(meta['program_sha256'])[:16]}, {meta['world']} process(es)"
              + (f", preset {preset}" if preset else ""),
-             f"data: {str(meta['data'])[:160]}",
+             f"data: {str(meta['data']).removeprefix('data: ')[:160]}",
              f"settings: {json.dumps(meta['settings'])[:300]}", *describe(arrays)]
     lines += [f"compared with {log}" for log in logs]
     lines += [f"not compared: {line}" for line in unknown]

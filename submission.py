@@ -18,7 +18,7 @@ Reading logs is runlogs.py's affair, what they must bear out logchecks.py's.
 
 import argparse
 import json
-import os
+import os.path
 import re
 import statistics
 import sys
@@ -100,7 +100,9 @@ def default_out(logs: list[Path]) -> Path:
     """submission.json in the folder that holds all logs. UserError where that would replace a file
     that this program did not write, or the one that belongs to this repository."""
     folders = [str(path.resolve().parent) for path in logs]
-    path = Path(os.path.relpath(os.path.commonpath(folders))) / "submission.json"
+    path = Path(os.path.commonpath(folders)) / "submission.json"
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     if path.is_file():
         try:
             told = parse_json(read_text(path))
@@ -147,6 +149,8 @@ def sort_baseline(told: argparse.Namespace) -> None:
 def submit(told: argparse.Namespace) -> list[str]:
     """Build and write what was asked for; the lines to print."""
     out = told.out or default_out(told.logs)
+    if told.report:
+        import report  # first: without matplotlib nothing is written
     submission = build(told.logs, told.draft, told.program)
     if told.baseline:
         submission["comparison"] = compare(told.logs, told.baseline)
@@ -162,8 +166,6 @@ def submit(told: argparse.Namespace) -> list[str]:
     if told.baseline:
         lines.append(verdict(submission["comparison"]))
     if told.report:
-        import report
-
         report.write(told.logs, told.report, submission)
         files.append((told.report, ""))
     return [*lines, *(f"written: {path}" for path, _ in files)]

@@ -147,7 +147,7 @@ def test_an_unknown_preset_names_those_that_are_there(start):
 
 def test_the_log_it_looks_for_is_the_programs(program):
     """What marks a finished run stands in the last line of a real log."""
-    code, _, err = program(ITERATIONS=1, TTT_ENABLED=0)
+    code, _, err = program(ITERATIONS=1, PREQUANT_ONLY=1)
     assert code == 0, err
     last = (program.out / "log.txt").read_text().splitlines()[-1]
     assert last.startswith('{"result": ') and json.loads(last)["result"]["complete"] is True
