@@ -50,7 +50,7 @@ if [ "$gpus" -gt 0 ]; then
   fi
 elif [ -z "${OMP_NUM_THREADS:-}" ]; then
   export OMP_NUM_THREADS=1
-  echo "== OMP_NUM_THREADS=1 (of $(nproc) usable processors); set it for more"
+  echo "== OMP_NUM_THREADS=1 (of $(nproc 2> /dev/null || echo several) usable processors); set it for more"
 fi
 
 demo=data/demo

@@ -39,7 +39,7 @@ def read_scores(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             text = file["meta"]
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, SyntaxError,
             OverflowError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{path}: a damaged file of scores ({line[:120]})") from None
     for name, array in arrays.items():
         if array.ndim != 1 or array.dtype.kind not in ARRAYS[name]:
