@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import finished
 import train_gpt as t
@@ -180,11 +181,13 @@ class Ledger:
 
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
+        self.places: dict[int, int] = {}  # in the coding order, as the score was given
         self.call_of: dict[int, int] = {}
         self.calls, self.version, self.problems = 0, 0, []
         self.latest, self.logits = None, {}  # of the last forward; of every target that counts
 
-    def add(self, meter: t.Meter, original: Callable, losses: Any, sizes: Any, mask: Any) -> None:
+    def add(self, meter: t.Meter, original: Callable, losses: Any, sizes: Any, mask: Any,
+            place: Any = None) -> None:
         """In place of Meter.add; `sizes` holds the targets' indices."""
         self.calls += 1
         if self.latest is not None:
@@ -194,7 +197,10 @@ class Ledger:
             if index in self.losses:
                 self.problems.append((index, f"scored again at version {self.version}"))
             self.losses[index], self.call_of[index] = loss, self.calls
-        original(meter, losses, sizes, mask)
+        if place is not None:
+            at = place[..., None] + torch.arange(sizes.shape[-1], device=place.device)
+            self.places.update(zip(sizes[mask].tolist(), at[mask].tolist(), strict=True))
+        original(meter, losses, sizes, mask, place)
 
     def forward(self, model: t.GPT, original: Callable, ids: Any, targets: Any, segments: Any,
                 looped: bool, lora: Any = None, at: Any = None, past: Any = None,
@@ -365,19 +371,66 @@ def check_causality(bench: Bench, path: str, val: t.ValSet) -> Said:
         "the suffix of the stream": [i for i in range(half, len(val.ids)) if val.ids[i] != t.BOS]}
     for what, indices in changes.items():
         first = min((base.call_of[i] for i in indices if i in base.call_of), default=0)
-        free, moved = free_of(indices, val), []
-        # With n-gram tables as they were the rest must hold in the order of processing; those
-        # themselves know the stream: to them only what stands before the change is earlier.
-        runs = [(val, len(val.ids))] + [(None, min(indices))] * remembers(bench.cfg, path)
-        for tables, horizon in runs:
-            other, _ = bench.run(path, changed_ids(val, np.array(indices)), tables=tables)
-            moved = moved or [
-                i for i in order if i < horizon and base.losses[i] != other.losses.get(i) and (
-                    base.call_of[i] < first or base.call_of[i] == first and free[i])]
+        free = free_of(indices, val)
+        # n-gram tables as they were: those go by the coding order, see check_order
+        other, _ = bench.run(path, changed_ids(val, np.array(indices)), tables=val)
+        moved = [i for i in order if base.losses[i] != other.losses.get(i) and (
+            base.call_of[i] < first or base.call_of[i] == first and free[i])]
         if moved:
             yield (f"changing {what} changes the score of {place(moved[0], val)}, given before "
                    f"({len(moved)} scores in all)",
                    "let a score depend on the artifact and earlier tokens only")
+
+
+def with_copies(val: t.ValSet) -> t.ValSet:
+    """The first documents of the sample twice, to a quarter cut off once: those at even places
+    short before long, the others long before short. N-grams of one copy speak about the other."""
+    parts, documents = [], val.documents()[: DOCUMENTS // 2]
+    for copy in (0, 1):
+        for n, (begin, end) in enumerate(documents):
+            text = np.arange(begin, end - (val.ids[end - 1] == t.BOS))
+            parts.append(text[: max(2, len(text) * (3 + (n + copy) % 2) // 4)])
+    at = np.concatenate(parts)
+    return t.ValSet(val.ids[at], val.bytes[at])
+
+
+def check_order(bench: Bench, path: str, val: t.ValSet) -> Said:
+    """Change one token and make everything anew, n-gram tables too: the coding order is the same,
+    and every score placed before that token is, too, bit for bit (a call of all ranks)."""
+    val = with_copies(val)
+    losses, places = in_order(bench, path, val)
+    if len(set(places.values())) != len(val.ids) - 1:
+        yield (f"{len(set(places.values()))} places in the coding order for {len(val.ids) - 1} "
+               "targets", "give Meter.add every target's place")
+        return
+    documents = [doc for begin, end in val.documents()
+                 if (doc := range(begin + 1, end - (val.ids[end - 1] == t.BOS)))]
+    ranked = sorted(documents, key=lambda doc: places[doc[0]])
+    sized = sorted(ranked, key=len)
+    changes = {ranked[0][0]: "the document that comes first", ranked[0][-1]: "the same",
+               ranked[-1][-1]: "the document that comes last", sized[0][-1]: "the shortest",
+               sized[-1][-1]: "the longest", documents[0][-1]: "the first of the stream",
+               documents[-1][0]: "the last of the stream", documents[-1][-1]: "the same"}
+    for index, what in changes.items():
+        other, moved = in_order(bench, path, changed_ids(val, np.array([index])))
+        if moved != places:
+            yield (f"changing {place(index, val)} of {what} changes the coding order",
+                   "let it depend on document lengths, settings and world size only")
+        early = [i for i in losses if places[i] < places[index] and losses[i] != other.get(i)]
+        if early:
+            yield (f"changing {place(index, val)} of {what} changes the score of "
+                   f"{place(early[0], val)}, placed before it ({len(early)} scores in all)",
+                   "build tables over the coding order, and carry state along it only")
+
+
+def in_order(bench: Bench, path: str, val: t.ValSet) -> tuple[dict[int, float], dict[int, int]]:
+    """Losses and places by target of all ranks (a call of all ranks)."""
+    ledger, _ = bench.run(path, val)
+    parts = [(ledger.losses, ledger.places)]
+    if bench.rt.world > 1:
+        parts = [None] * bench.rt.world
+        dist.all_gather_object(parts, (ledger.losses, ledger.places))
+    return tuple({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
 
 
 def check_ledger(bench: Bench, path: str, val: t.ValSet) -> Said:
@@ -479,11 +532,7 @@ def asked_plainly(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
 def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
     """The same of test-time training: asked when the last target is about to be scored, adapters
     and weights as they are then. A table of n-grams is made for each token as the last."""
-    last, how, losses = len(val.ids) - 1, [], []
-
-    def build(rules: t.ScoreRules, original: Callable, ids: np.ndarray, *args: Any) -> list:
-        how[:] = args
-        return original(rules, ids, *args)
+    last, losses = len(val.ids) - 1, []
 
     def score(adapter: t.Adapter, original: Callable, window: t.Window, meter: t.Meter) -> t.Scored:
         rules = adapter.rules
@@ -495,11 +544,12 @@ def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
                 many = {name: x[rows] for name, x in window._asdict().items()
                         if isinstance(x, torch.Tensor) and x.dim()}
                 many["targets"][:, c] = tokens
-                if how:  # their tables one after another
-                    tables = [rules.build(ended(val, a).ids, *how) for a in tokens.tolist()]
+                if rules and rules.kinds:  # their tables one after another
+                    tables = [[x[:last] for x in rules.build(ended(val, a))]
+                              for a in tokens.tolist()]
                     rules.tables = [torch.cat(x).to(tokens.device) for x in zip(*tables)]
                     rules.count = len(tokens) * last
-                    many["first"] += torch.arange(len(tokens), device=tokens.device) * last
+                    many["place"] += torch.arange(len(tokens), device=tokens.device) * last
                 collect = SimpleNamespace(
                     add=lambda used, *_, c=c: losses.extend(used[:, c].tolist()))
                 original(adapter, window._replace(
@@ -507,7 +557,7 @@ def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
             if rules:
                 rules.tables, rules.count = kept
         return original(adapter, window, meter)
-    with patched({"build": build}, t.ScoreRules), patched({"score": score}, t.Adapter):
+    with patched({"score": score}, t.Adapter):
         ledger, _ = bench.run("ttt", val)
     return losses, ledger
 
@@ -572,7 +622,7 @@ def check_budgets(record: dict[str, Any], folder: Path) -> Iterator[Finding]:
 
 CHECKS = {"causality": check_causality, "target independence": check_target,
           "normalisation": check_normalisation, "ledger": check_ledger,
-          "document isolation": check_isolation}
+          "document isolation": check_isolation, "one order": check_order}
 
 
 def make_bench(cfg: t.Config, rt: t.Runtime, folder: Path) -> Bench:
@@ -588,17 +638,22 @@ def make_bench(cfg: t.Config, rt: t.Runtime, folder: Path) -> Bench:
     return Bench(cfg, alone, model, t.dequantise(tensors, model))
 
 
-def findings(bench: Bench, val: t.ValSet, out: Callable[[str], None] = print) -> list[Finding]:
-    """All violations on a sample of `val`; one line for every check that passes."""
+def findings(bench: Bench, val: t.ValSet, out: Callable[[str], None] = print,
+             rt: t.Runtime | None = None) -> list[Finding]:
+    """All violations on a sample of `val`; one line for every check. With a runtime its ranks score
+    the sample together where the order is checked; the rest is rank 0's."""
     sample, found = sample_of(val, bench.cfg), []
+    together = replace(bench, rt=Quiet(rt.rank, rt.world, rt.device)) if rt else bench
     if remembers(bench.cfg, "ttt"):
-        out("legality: n-gram tables may remember documents, in the stream's order: isolation, and "
+        out("legality: n-gram tables may remember documents, in the coding order: isolation, and "
             "causality in the order of processing, are those of all else, with the tables held")
     for path in ("plain", "ttt") if bench.cfg.ttt_enabled else ("plain",):
         for name, check in CHECKS.items():
+            if together.rt.rank and check is not check_order:
+                continue
             started, label = time.perf_counter(), f"{name} ({path})"
-            now = [Finding(label, where, SETTINGS_OF[path], remedy)
-                   for where, remedy in check(bench, path, sample)]
+            now = [Finding(label, where, SETTINGS_OF[path], remedy) for where, remedy in
+                   check(together if check is check_order else bench, path, sample)]
             found += now
             out(f"legality: {label}: {'VIOLATED' if now else 'holds'} "
                 f"{time.perf_counter() - started:.1f}s")
@@ -606,20 +661,19 @@ def findings(bench: Bench, val: t.ValSet, out: Callable[[str], None] = print) ->
 
 
 def audit(cfg: t.Config, rt: t.Runtime, folder: Path, alone: bool) -> str:
-    """Every check, by rank 0; the findings go to the log, and the first one is the result. alone:
-    this process only audits; times and sizes are those that the artifact's own log tells."""
-    found = []
+    """Every check (a call of all ranks). The findings go to the log; the first is the result.
+    alone: this process only audits; times and sizes are those that the artifact's own log tells."""
+    started, checks = time.perf_counter(), []
+
+    def out(line: str) -> None:
+        checks.extend(re.findall(r": (holds|VIOLATED)\b", line))
+        rt.log(line)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is meant where it is asked for
+    found = findings(make_bench(cfg, rt, folder), t.load_val(cfg), out, rt)
+    torch.use_deterministic_algorithms(False)
     if rt.rank == 0:
         record = finished.record(folder) if alone else rt.record
-        started, checks = time.perf_counter(), []
-
-        def out(line: str) -> None:
-            checks.extend(re.findall(r": (holds|VIOLATED)\b", line))
-            rt.log(line)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.matmul.allow_tf32 = False  # float32 is meant where it is asked for
-        found = findings(make_bench(cfg, rt, folder), t.load_val(cfg), out)
-        torch.use_deterministic_algorithms(False)
         spent = list(check_budgets(record, folder))
         out(f"legality: budget: {'VIOLATED' if spent else 'holds'}"
             + ("" if record else " for the sizes; no log of this artifact tells the times"))
@@ -630,5 +684,7 @@ def audit(cfg: t.Config, rt: t.Runtime, folder: Path, alone: bool) -> str:
         rt.log(f"legality: {checks.count('holds')} of {len(checks)} checks hold "
                f"{time.perf_counter() - started:.1f}s")
     rt.barrier()
+    if not found or rt.rank:
+        return ""
     more = f" (and {len(found) - 1} more in the log)" if len(found) > 1 else ""
-    return f"illegal: {found[0]}{more}" if found else ""
+    return f"illegal: {found[0]}{more}"

@@ -38,7 +38,7 @@ class Keeper:
         self.earlier = 0.0  # seconds of scoring before the run was killed
         self.identity = {
             "format": FORMAT, "data": hashlib.sha256(data.encode()).hexdigest(),
-            "program": t.program_digest(),
+            "program": t.PROGRAM_DIGEST,
             **{k: v for k, v in t.changed(cfg).items() if k not in t.NOT_OF_A_RUN}}
         self.state = self.read(self.path) or {"stage": "start"}
         if "record" in self.state:
@@ -203,7 +203,10 @@ class Scoring:
         if not self.state:
             return
         state, meter = self.state, self.meter
-        sums = meter.nats, meter.tokens, meter.bytes, meter.lengths
+        sums = meter.nats, meter.tokens, meter.bytes, meter.lengths, meter.kept
+        if len(meter.kept) != len(state["meter"][-1]):
+            raise t.UserError("this run began with another SCORES_PATH; go on with the same, or "
+                              f"delete {self.keeper.folder}/checkpoint.*")
         for mine, saved in zip(sums, state["meter"], strict=True):
             mine.copy_(saved)
         for name, A in state["A"].items():
@@ -229,7 +232,7 @@ class Scoring:
             "A": cpu(dict(adapter.lora.A)) if adapter else {},
             "model": cpu(self.model.state_dict()) if at[0] else {},
             "meter": cpu([self.meter.nats, self.meter.tokens, self.meter.bytes,
-                          self.meter.lengths]),
+                          self.meter.lengths, self.meter.kept]),
             "rng": self.generator.get_state()})
         self.path(at[0] - 2).unlink(missing_ok=True)
         keeper.stop_if_told(f"before batch {at[1]} of round {at[0]} of the scoring")

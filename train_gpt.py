@@ -7,7 +7,7 @@ Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 Contents
   §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
-  §1 Config            §5 Model             §9 Artifact               §13 SLOT
+  §1 Config            §5 Model             §9 Artifact               §13 Score rules
   §2 Runtime           §6 Optimisers        §10 Evaluation            §14 Training
   §3 Kernels           §7 Data              §11 Test-time training    §15 Main
 Symbols: B batch, T tokens, N = B T, d width, D head width, H query, K key heads, V vocabulary.
@@ -78,7 +78,8 @@ def require(holds: Any, problem: str) -> None:
 
 
 def extra(name: str, needed: bool = True) -> Any:
-    """A module beside this file that only some modes need; the packed program travels alone."""
+    """A module beside this file that only some modes need. The packed program travels alone, with
+    variants.py inside where its settings ask for that."""
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
     try:
         return importlib.import_module(name)
@@ -118,6 +119,7 @@ class Config:
     init_from: str = setting("", "a final_model.pt whose weights training starts from")
     checkpoint_every_seconds: float = setting(0.0, "between checkpoints; 0: none, no resuming", 0)
     legality_check: bool = setting(False, "audit the artifact at the end of a run")
+    scores_path: str = setting("", "FILE.npz for every target's nats and its place in the order")
     # -- data and batches, in tokens
     vocab_size: int = setting(8192, "V, size of the vocabulary", 8, 65536)
     train_batch_tokens: int = setting(786432, "tokens a step: 8 rows, shared by the processes", 64)
@@ -308,6 +310,8 @@ class Config:
              "ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS"),
             ((self.mlp_mult * self.model_dim) % 1 == 0, "MLP_MULT * MODEL_DIM must be whole"),
             (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
+            (self.scores_path.endswith(".npz") or not self.scores_path,
+             "SCORES_PATH must end in .npz"),
             (not loops or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
             (not (loops and lanes) or self.loop_end < lanes,
@@ -331,7 +335,7 @@ class Config:
             (self.lqer_rank <= self.kv_dim, "LQER_RANK must be at most NUM_KV_HEADS * head width"),
             (not (self.ngram_tilt_enabled and self.ngram_mixer),
              "of NGRAM_TILT_ENABLED and NGRAM_MIXER at most one can be on"),
-            (self.tokenizer_path or not (self.ngram_tilt_enabled and self.word_experts),
+            (self.tokenizer_path or not self.word_experts,
              "WITHIN_BOOST and WORD_BOOST need TOKENIZER_PATH, the data's SentencePiece model"),
             (self.ngram_alpha_base + self.ngram_alpha_range < 1,
              "NGRAM_ALPHA_BASE + NGRAM_ALPHA_RANGE must be below 1"),
@@ -362,12 +366,18 @@ class Config:
 
     @property
     def word_experts(self) -> bool:
-        return self.within_boost > 0 or self.word_boost > 0
+        return self.ngram_tilt_enabled and (self.within_boost > 0 or self.word_boost > 0)
+
+    @property
+    def variants(self) -> bool:
+        """Whether a score takes what variants.py holds."""
+        return bool(self.slot_enabled or self.ngram_mixer or self.word_experts
+                    or self.ttt_second_pass_frac)
 
     def illegal(self) -> list[str]:
         """Why the challenge would refuse a score made with these settings."""
         reasons = (
-            (self.ngram_tilt_enabled and self.word_experts and self.ngram_target_gate,
+            (self.word_experts and self.ngram_target_gate,
              "NGRAM_TARGET_GATE=1 gives a hint by the class of the token being scored"),
             (self.ngram_mixer == "hashed",
              "NGRAM_MIXER=hashed is no distribution: it does not sum to one over the vocabulary"),
@@ -425,7 +435,8 @@ GENERIC = set(re.findall(r"\w+", """ALLOW ARTIFACT ATTENTION CHECKPOINT COMPILE 
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
 # Where a run writes, and how it is watched: no part of its configuration.
-NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK"}
+NOT_OF_A_RUN = {"RUN_ID", "ARTIFACT_DIR", "CHECKPOINT_EVERY_SECONDS", "LEGALITY_CHECK",
+                "SCORES_PATH"}
 
 
 def is_ours(name: str) -> bool:
@@ -577,6 +588,14 @@ class Runtime:
 
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
+
+
+def process_age() -> float:
+    """Seconds since the process began, imports included; 0 where /proc does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
@@ -3279,13 +3298,13 @@ def artifact_report(blob: bytes) -> dict[str, int]:
     return {"directory": len(blob) - sum(sizes.values()), **sizes}
 
 
-# A packed program is brotli data, then a zip file with this one member: Python runs a zip whatever
+# A packed program is brotli data, then a zip file with this member: Python runs a zip whatever
 # precedes it. linecache serves tracebacks, inspect, Triton; `n` is no file, lest C print binary.
 STUB = """import linecache,os,sys,traceback
 try:import brotli
 except ImportError:print('error: brotli',%r,file=sys.stderr);sys.exit(2)
 __file__,__spec__,__package__=os.path.abspath(__loader__.archive),None,None
-sys.path[0],sys.excepthook=os.path.dirname(__file__),traceback.print_exception
+sys.path[:1],sys.excepthook=(os.path.dirname(__file__),__file__),traceback.print_exception
 with open(__file__,'rb')as f:__program__=f.read()
 s,n=brotli.decompress(__program__[:%d]).decode(),__file__+'.source'
 for k in(n,__file__):linecache.cache[k]=len(s),None,[l+'\\n'for l in s.split('\\n')],k
@@ -3293,17 +3312,20 @@ exec(compile(s,n,'exec'))
 """
 
 
-def pack_program(source: str) -> bytes:
+def pack_program(source: str, modules: Mapping[str, str] | None = None) -> bytes:
     """A smaller file that Python runs as it would `source` (__main__, __file__, argv, getsource,
-    spawned processes); it needs brotli only. Annotations stay: custom ops and dataclasses read
-    them. Names stay: some are keywords in Triton, and renaming locals would save only 1 kB."""
+    spawned processes); it needs brotli only, and holds `modules` (name: source) for it to import.
+    Annotations stay: custom ops and dataclasses read them. Names stay: some are keywords in Triton,
+    and renaming locals would save only 1 kB."""
     import python_minifier
-    small = python_minifier.minify(source, remove_literal_statements=True, remove_annotations=False,
-                                   rename_locals=False, hoist_literals=False)
+    small = functools.partial(python_minifier.minify, remove_literal_statements=True,
+                              remove_annotations=False, rename_locals=False, hoist_literals=False)
     file = io.BytesIO()
-    size = file.write(CODECS["brotli"][0](small.encode()))
+    size = file.write(CODECS["brotli"][0](small(source).encode()))
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(zipfile.ZipInfo("__main__.py"), STUB % (NEEDED, size))
+        for name, text in (modules or {}).items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.py"), small(text), zipfile.ZIP_DEFLATED)
     return file.getvalue()
 
 
@@ -3318,7 +3340,7 @@ class ValSet(NamedTuple):
 
     def documents(self) -> list[tuple[int, int]]:
         """(begin, end) of every document; its last token is the BOS that follows."""
-        begins = np.flatnonzero(self.ids == BOS)
+        begins = np.union1d(0, np.flatnonzero(self.ids == BOS))
         ends = np.append(begins[1:] + 1, len(self.ids))
         return [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
 
@@ -3370,18 +3392,25 @@ def load_val(cfg: Config) -> ValSet:
 
 
 class Meter:
-    """The one place where losses become val_loss and val_bpb: float64 sums on the device."""
+    """The one place where losses become val_loss and val_bpb: float64 sums on the device.
 
-    def __init__(self, rt: Runtime):
+    With `places`, the length of the coding order, it also keeps every loss by its place there."""
+
+    def __init__(self, rt: Runtime, places: int = 0):
         self.rt, kind = rt, {"dtype": torch.float64, "device": rt.device}
         self.nats, self.tokens, self.bytes = torch.zeros(3, **kind).unbind()
         self.lengths = torch.zeros(32, 3, **kind)  # the sums by `file_under`
+        self.kept = torch.zeros(places and places + 1, device=rt.device)  # the last one: not scored
 
-    def add(self, losses: Tensor, sizes: Tensor, mask: Tensor) -> None:
-        """Losses in nats, original bytes and a 0/1 mask of scored targets, all of one shape."""
+    def add(self, losses: Tensor, sizes: Tensor, mask: Tensor, place: Tensor | None = None) -> None:
+        """Losses [..., C] in nats, original bytes and a 0/1 mask of scored targets; place [...]: of
+        the first target of each row in the coding order."""
         self.nats += torch.where(mask, losses.detach(), 0.0).sum(dtype=torch.float64)
         self.bytes += (sizes * mask).sum()
         self.tokens += mask.sum()
+        if len(self.kept):
+            at = place[..., None] + torch.arange(losses.shape[-1], device=place.device)
+            self.kept[at.masked_fill(~mask, len(self.kept) - 1)] = losses.detach()
 
     def file_under(self, targets: int) -> None:
         """What came since the last call is of documents of at most about so many targets."""
@@ -3406,10 +3435,11 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
-    """Plain evaluation: every target of the stream once, in rows of VAL_BATCH_TOKENS/8 tokens; row
-    k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
-    length, meter = cfg.val_batch_tokens // 8, Meter(rt)
+def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime,
+             meter: Meter | None = None) -> Score:
+    """Plain evaluation: every target once, in the stream's order, in rows of VAL_BATCH_TOKENS/8
+    tokens; row k goes to rank k mod world. On a GPU the last row is filled up with id 0, masked."""
+    length, meter = cfg.val_batch_tokens // 8, meter or Meter(rt)
     for begin in range(rt.rank * length, len(val.ids) - 1, rt.world * length):
         end = min(begin + length, len(val.ids) - 1)
         fill = (0, length - (end - begin) if rt.device.type == "cuda" else 0)
@@ -3417,7 +3447,8 @@ def evaluate(forward: Callable, val: ValSet, cfg: Config, rt: Runtime) -> Score:
         sizes = torch.from_numpy(np.pad(val.bytes[begin + 1 : end + 1], fill)).to(rt.device)
         row = make_row(ids, targets, cfg.eval_seq_len, rt.device)
         mask = torch.arange(len(ids), device=rt.device) < end - begin
-        meter.add(forward(row.ids, row.targets, row.segments, True)[0], sizes, mask)
+        losses = forward(row.ids, row.targets, row.segments, True)[0]
+        meter.add(losses, sizes, mask, torch.tensor(begin, device=rt.device))
     return meter.result()
 
 
@@ -3427,9 +3458,10 @@ def log_score(rt: Runtime, label: str, score: Score, seconds: float) -> None:
            f"eval_time:{1000 * seconds:.0f}ms")
 
 
-def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime) -> Score:
+def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runtime,
+                     meter: Meter | None = None) -> Score:
     started = rt.seconds()
-    score = evaluate(model, val, cfg, rt)
+    score = evaluate(model, val, cfg, rt, meter)
     log_score(rt, label, score, rt.seconds() - started)
     return score
 
@@ -3438,10 +3470,12 @@ def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runti
 # §11 Test-time training
 # ==================================================================================================
 class Document(NamedTuple):
-    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows."""
+    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows; its first
+    target's place in the coding order."""
 
     begin: int
     end: int
+    place: int = 0
 
     @property
     def targets(self) -> int:
@@ -3457,6 +3491,7 @@ def document_batches(documents: list[Document], size: int) -> list[list[Document
 def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     """Counts of scored documents at which a global phase runs."""
     prefix, phases = min(cfg.phased_ttt_prefix_docs, documents), cfg.phased_ttt_num_phases
+    prefix *= not cfg.ttt_second_pass_frac
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
@@ -3475,7 +3510,7 @@ class Window(NamedTuple):
     trains: Tensor  # [b] 1 where the document has a further chunk
     updates: bool  # whether any has
     count: int  # targets scored
-    first: Tensor  # [b] position in the stream of the token before the chunk's first target
+    place: Tensor  # [b] of the chunk's first target in the coding order
     reach: int = 0  # tokens in Past that are looked at
 
 
@@ -3520,7 +3555,7 @@ def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.
         for x, source in zip(text, val, strict=True):
             x[b, 1 : doc.targets + 2] = source[doc.begin : doc.end]
     (ids, sizes), numbers = upload(text, device), torch.arange(chunks, device=device)
-    begins = upload(np.array([doc.begin for doc in batch]), device)
+    places = upload(np.array([doc.place for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
         at, windows = chunk * C, []
@@ -3539,7 +3574,7 @@ def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.
             windows.append(Window(
                 rows, seen, where, ids[rows, new], sizes[rows, new], late > 0,
                 (late[:, 0] > C).float(), bool((targets > C).any()), int(targets.clip(0, C).sum()),
-                begins[rows] + at, min(ring or 0, -(-at // unit) * unit)))
+                places[rows] + at, min(ring or 0, -(-at // unit) * unit)))
         yield windows
 
 
@@ -3589,7 +3624,7 @@ class Adapter:
         with torch.set_grad_enabled(window.updates):
             losses = self.losses(window)
         used = self.rules(losses.detach(), window, self.lora) if self.rules else losses
-        meter.add(used, window.sizes, window.mask)
+        meter.add(used, window.sizes, window.mask, window.place)
         return Scored(losses, window)
 
     def learn(self, scored: Scored) -> None:
@@ -3697,6 +3732,40 @@ def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
     return rounds
 
 
+class Schedule(NamedTuple):
+    """Who scores what, fixed by document lengths, settings and world size before anything is
+    scored. It is the coding order: round, rank, batch, document in its batch, position. A target's
+    score is a function of the artifact and of the targets before it in that order."""
+
+    batches: list[list[Document]]  # numbered by rising length
+    boundaries: list[int]  # see phase_boundaries
+    rounds: list[list[list[int]]]  # numbers of batches for each rank; see `deal`
+
+    def documents(self) -> list[Document]:
+        """All documents in the coding order."""
+        return [doc for hands in self.rounds for numbers in hands for n in numbers
+                for doc in self.batches[n]]
+
+    def stream(self, ids: np.ndarray) -> np.ndarray:
+        """The validation stream put into the coding order, a BOS behind it; what stands behind
+        place t of it is the target at place t."""
+        parts = [ids[doc.begin : doc.end - (ids[doc.end - 1] == BOS)] for doc in self.documents()]
+        return np.concatenate([*parts, [BOS]])
+
+
+def make_schedule(val: ValSet, cfg: Config, world: int) -> Schedule:
+    """The schedule of phased test-time training in a world of that size."""
+    documents, place = [Document(*d) for d in val.documents()], 0
+    batches = document_batches(documents, cfg.ttt_batch_size)
+    boundaries = phase_boundaries(cfg, len(documents))
+    schedule = Schedule(batches, boundaries, deal(batches, boundaries, cfg, world))
+    for batch in (batches[n] for hands in schedule.rounds for numbers in hands for n in numbers):
+        for b, doc in enumerate(batch):
+            batch[b] = doc._replace(place=place)
+            place += doc.targets + int(val.ids[doc.end - 1] != BOS)  # nothing follows the last one
+    return schedule
+
+
 class ScoreProgress:
     """Rank 0's progress through its targets: a bar on a terminal, else a line every 20 s."""
 
@@ -3773,20 +3842,16 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
 
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
-                 init: Callable | None = None, rules: Any = None) -> Score:
+                 init: Callable | None = None, rules: Any = None,
+                 meter: Meter | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between,
     which train on what all ranks have scored by then. `rules`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
-    documents = [Document(*d) for d in val.documents()]
-    if cfg.ttt_second_pass_frac:  # #1430, illegal; there a first pass scores, to no effect
-        for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
-            train_globally(model, documents[: math.ceil(part * len(documents))], val,
-                           replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
-        cfg = replace(cfg, phased_ttt_prefix_docs=0)
-    batches = document_batches(documents, cfg.ttt_batch_size)
-    boundaries, meter, adapter = phase_boundaries(cfg, len(documents)), Meter(rt), None
-    rounds = deal(batches, boundaries, cfg, rt.world)
+    if cfg.ttt_second_pass_frac:
+        extra("variants").first_pass(model, val, cfg, rt)
+    (batches, boundaries, rounds), adapter = make_schedule(val, cfg, rt.world), None
+    meter = meter or Meter(rt)
     mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
     advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
     kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
@@ -3824,6 +3889,29 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     return meter.result()
 
 
+def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runtime,
+                 artifact: str) -> None:
+    """SCORES_PATH: an entry for every target in the order of the stream: nats as they entered the
+    score, original bytes, number of its document, place in the coding order; and where they come
+    from (a call of all ranks). `python submission.py --scores FILE` reads it."""
+    documents = [Document(*d, place=d[0]) for d in val.documents()]
+    if cfg.ttt_enabled:
+        documents = sorted(make_schedule(val, cfg, rt.world).documents())
+    places = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
+    nats, order = rt.sum_(meter.kept).cpu().numpy()[places], np.empty(len(places), np.int64)
+    order[np.argsort(places, kind="stable")] = np.arange(len(places))
+    record = {name: rt.record.get(name) for name in ("program_sha256", "data", "settings")}
+    meta = {**record, "artifact_sha256": artifact, "world": rt.world, "val_loss": score.loss,
+            "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes}
+    if rt.rank == 0:
+        np.savez_compressed(file := io.BytesIO(), nats=nats, bytes=val.bytes[1:], order=order,
+                            document=np.repeat(np.arange(len(documents), dtype=np.int32),
+                                               [doc.targets for doc in documents]),
+                            meta=np.array(json.dumps(meta)))
+        write_atomic(cfg.scores_path, file.getbuffer())
+        rt.log(f"scores: {cfg.scores_path} {len(nats)} targets")
+
+
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_rules: Callable) -> None:
     """Read the artifact back and score it: plainly, while the rules' tables are built, then with
@@ -3847,12 +3935,14 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
-    timed_evaluation("diagnostic quantized", model, val, cfg, rt)
+    meter = Meter(rt, len(val.ids) if cfg.scores_path else 0)
+    score = timed_evaluation("diagnostic quantized", model, val, cfg, rt,
+                             None if cfg.ttt_enabled else meter)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
         if rules:
             rules.wait()
-        score = score_phased(model, val, cfg, rt, rules=rules)
+        score = score_phased(model, val, cfg, rt, rules=rules, meter=meter)
         earlier = rt.keeper.earlier if rt.keeper else 0.0  # before the run was killed
         log_score(rt, "quantized_ttt_phased", score, earlier + rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
@@ -3861,6 +3951,8 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
         started -= earlier
     rt.record["evaluation_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"total_eval_time:{rt.seconds() - started:.1f}s")
+    if cfg.scores_path:
+        write_scores(meter, score, val, cfg, rt, hashlib.sha256(blob).hexdigest())
 
 
 # ==================================================================================================
@@ -3933,203 +4025,57 @@ def best_before(run: np.ndarray, y: np.ndarray, learn: np.ndarray) -> tuple[np.n
     return y[rose[at - 1]], before, total - total[first]
 
 
-def token_classes(pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bool [V] which pieces start a word and which end one without (control, white space), and
-    bool [3, V]: any token, one that continues a word, one that starts it."""
-    start = np.array([piece.startswith("\u2581") for piece in pieces])
-    closed = np.array([bool(re.fullmatch(r"<(?!0x)\w+>|</s>|<0x(09|0A|0B|0C|0D|20)>", piece))
-                       for piece in pieces])
-    return start, closed, np.stack((start | ~start, ~start & ~closed, start & ~closed))
-
-
-def word_contexts(ids: np.ndarray, start: np.ndarray, closed: np.ndarray, cfg: Config,
-                  pieces: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ends, run) of the open word's tokens so far, then of its text and the WORD_ORDER - 2 words
-    before it, without case and punctuation. start, closed [V]: pieces that begin or end words."""
-    at, edge = np.arange(len(ids)), start | closed
-    first = np.maximum.accumulate(np.where(edge[ids], at, 0))
-    ends = np.flatnonzero(~closed[ids[first]] & edge[ids[first]])  # inside a word
-    again, run = contexts(ids, first, ends)
-    yield again, run
-    names, word = {}, np.full(len(ids), -1)
-    rest = np.setdiff1d(ends, again, assume_unique=True)
-    heads = np.r_[again[run_starts(run)], rest]
-    at_once, back = np.unique(heads, return_inverse=True)
-    texts = ("".join(pieces[i] for i in ids[first[t] : t + 1]) for t in at_once)
-    known = (text.replace("\u2581", " ").strip(" .,:;!?()[]{}<>\"'`").lower() for text in texts)
-    numbers = np.array([names.setdefault(text, len(names)) for text in known], np.int64)
-    word[np.r_[again, rest]] = numbers[back]
-    last = np.maximum.accumulate(np.where(word >= 0, at, -1))
-    key, t = word[ends], ends
-    for _ in range(cfg.word_order - 2):
-        t = np.where((t >= 0) & (first[t] > 0), last[first[t] - 1], -1)  # end of the word before
-        key = np.unique(key * (len(names) + 1) + np.where(t >= 0, word[t], len(names)),
-                        return_inverse=True)[1]
-    order = np.argsort(key, kind="stable")
-    yield ends[order], key[order]
-
-
-def tilt_table(ids: np.ndarray, cfg: Config, pieces: list[str] | None,
-               log: Callable[[str], None]) -> tuple[np.ndarray, ...]:
-    """(hint [n-1], boost, kind): the token that the experts expect, or -1; idea: #1967.
-
-    Of the experts whose gate is open the one that promises most. A hint about a class moves
-    probability inside that class only. NGRAM_TARGET_GATE=1, as published: a hint about a class is
-    given where the token to be scored is of that class, and moves probability anywhere."""
+def tilt_hints(ids: np.ndarray, cfg: Config) -> np.ndarray:
+    """int32 [n-1]: the token that mostly followed the last TOKEN_ORDER - 1 tokens so far, where its
+    share of what followed them is TOKEN_THRESHOLD or more, else -1. idea: #1967"""
     ids, y = ids[:-1], ids[1:]
-    at = np.arange(len(ids))
-    found = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
-    # what each learns from and hints at: targets of its class, a row of `token_classes`
-    experts = [(*found, at >= 0, cfg.token_threshold, cfg.token_boost, 0)]
-    if pieces:
-        start, closed, classes = token_classes(pieces)
-        both = word_contexts(ids, start, closed, cfg, pieces)
-        for kind, least, boost in ((1, cfg.within_tau, cfg.within_boost),
-                                   (2, cfg.word_tau, cfg.word_boost)):
-            experts.append((*next(both), classes[kind][y], least, boost, kind))
-    hints, gains = np.full((len(experts), len(ids)), -1, np.int32), np.full(len(ids), -np.inf)
-    hint, boost = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.float32)
-    kind = np.zeros(len(ids), np.uint8)
-    for row, (ends, run, learn, least, beta, number) in zip(hints, experts, strict=True):
-        top, count, total = best_before(run, y[ends], learn[ends])
-        p = count / np.maximum(total, 1)
-        opened = (total > 0) & (p >= least) & (beta > 0)
-        if cfg.ngram_target_gate:
-            opened &= learn[ends]
-        t, top, p = ends[opened], top[opened], p[opened]
-        row[t] = top
-        gain = p * beta - np.log1p(p * math.expm1(beta))
-        better = gain > gains[t]
-        t = t[better]
-        gains[t], hint[t], boost[t] = gain[better], top[better], beta
-        kind[t] = 0 if cfg.ngram_target_gate else number
-    agree = ((hints == hint) & (hint >= 0)).sum(0) >= 2
-    boost[agree] += cfg.agree_add_boost
-    gates = [*(hints >= 0).sum(1).tolist(), 0, 0]
-    log(f"ngram_tilt:hints total={len(ids)} gated={int((hint >= 0).sum())} token_gate={gates[0]} "
-        f"within_gate={gates[1]} word_gate={gates[2]} agree2plus={int(agree.sum())}")
-    return hint, boost, kind
+    at, hint = np.arange(len(ids)), np.full(len(ids), -1, np.int32)
+    ends, run = contexts(ids, np.maximum(at - (cfg.token_order - 2), 0), at[cfg.token_order - 2 :])
+    top, count, total = best_before(run, y[ends], np.ones(len(ends), bool))
+    sure = (total > 0) & (count / np.maximum(total, 1) >= cfg.token_threshold)
+    hint[ends[sure]] = top[sure]
+    return hint
 
 
-def exact_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
-    """log p(ids[t + 1]) [n-1] by n-grams: exact counts of the prefix, each token entered once.
-
-    From the unigrams (c + 1/2) / (t + 1 + V/2) up to order NGRAM_ORDER, Witten-Bell: with c, C and
-    D the counts of the token, of all and of different ones after the context,
-    p <- (c + D p) / (C + D), which sums to one over the vocabulary if p does."""
-    y, at = ids[1:], np.arange(len(ids) - 1)
-    p, ends = unigrams(ids, cfg.vocab_size), at
-    for length in range(1, cfg.ngram_order):
-        ends = np.sort(ends[ends >= length - 1])
-        ends, run = contexts(ids[:-1], np.maximum(at - length + 1, 0), ends)
-        c, first = counts_before(run, y[ends], ends >= 0), run_starts(run)
-        total, new = np.arange(len(ends)) - first, np.cumsum(c == 0) - (c == 0)
-        kinds = new - new[first]
-        p[ends] = np.where(total > 0, (c + kinds * p[ends]) / np.maximum(total + kinds, 1), p[ends])
-    return np.log(p)
-
-
-def unigrams(ids: np.ndarray, vocab: int) -> np.ndarray:
-    """p(ids[t + 1]) [n-1] from the counts of ids[: t + 1], half a count added to each token."""
-    count = counts_before(np.zeros_like(ids), ids, ids >= 0)
-    return (count[1:] + 0.5) / (np.arange(1, len(ids)) + 0.5 * vocab)
-
-
-HASH_PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017, 282527, 357347, 451439)
-
-
-def hashed_mixer(ids: np.ndarray, cfg: Config) -> np.ndarray:
-    """#1430's score of ids[t + 1], no distribution: buckets without keys, so that what shares one
-    counts for all, and only the realised token's is looked at. The longest context that has a
-    count decides. Here a token enters once, at once; there 32 times, after a batch of windows."""
-    p = unigrams(ids, cfg.vocab_size)
-    for order in range(2, min(cfg.ngram_order, len(ids)) + 1):
-        nothing = np.zeros_like(ids[order - 1 :])
-        parts = (ids[k : k + len(nothing)] * HASH_PRIMES[k % 10] for k in range(order))
-        *_, before, key = itertools.accumulate(parts, np.bitwise_xor)  # oldest first, target last
-        context, whole = (counts_before(nothing, x & (cfg.ngram_buckets - 1), nothing == 0)
-                          for x in (before, key))
-        share = np.minimum(context, whole) / np.maximum(context, 1)
-        p[order - 2 :] = np.where(context > 0, share, p[order - 2 :])
-    return np.log(np.maximum(p, 1e-12))
-
-
-def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: Tensor, kind: Tensor,
-         classes: Tensor) -> Tensor:
-    """-log p' of the targets, p'(a) = p(a) exp(boost [a = hint]) / Z inside the hint's class S, Z
-    such that p'(S) = p(S), and p' = p outside it. All [b, C], but logp [b, C, V], classes [k, V].
-
-    With q = p(hint) / p(S), Z = 1 + q (exp(boost) - 1): p' sums to one like p."""
-    given, inside = hint >= 0, classes[kind.long()]
-    hint = hint.clamp(min=0).long()
-    mass = logp.masked_fill(~inside, -math.inf).logsumexp(-1)
-    q = (logp.gather(2, hint[:, :, None])[:, :, 0] - mass).clamp(max=0).exp()
-    moved = torch.log1p(q * torch.expm1(boost)) - boost * (targets == hint)
-    return losses + moved * (given & inside.gather(2, targets[:, :, None])[:, :, 0])
-
-
-def mix(losses: Tensor, logp: Tensor, ngram: Tensor, t: Tensor, cfg: Config) -> Tensor:
-    """-log((1 - alpha) p + alpha exp(ngram)) with alpha from the entropy of p: from the prefix."""
-    entropy = -(logp.exp() * logp).sum(-1)
-    alpha = torch.sigmoid(2 * (entropy - cfg.ngram_alpha_center))
-    alpha = cfg.ngram_alpha_base + cfg.ngram_alpha_range * alpha
-    alpha = alpha * (t >= cfg.ngram_min_tokens)
-    return -torch.logaddexp(torch.log1p(-alpha) - losses, alpha.log() + ngram)
+def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: float) -> Tensor:
+    """-log p' of the targets [b, C] for p'(a) = p(a) exp(boost [a = hint]) / Z, where there is a
+    hint; logp [b, C, V]. Z = 1 + p(hint) (exp(boost) - 1), so p' sums to one like p."""
+    p = logp.gather(2, hint.clamp(min=0).long()[:, :, None])[:, :, 0].exp()
+    moved = torch.log1p(p * math.expm1(boost)) - boost * (targets == hint)
+    return losses + moved * (hint >= 0)
 
 
 # ==================================================================================================
-# §13 SLOT
+# §13 Score rules
 # ==================================================================================================
-def fit_slot(model: GPT, lora: Lora, h: Tensor, targets: Tensor,
-             mask: Tensor) -> tuple[Tensor, ...]:
-    """Per document one shift of the state [b, 1, d] and one of the logits [b, 1, V], fitted to
-    `targets` [b, F] where `mask`, by SLOT_STEPS of AdamW from zero. h [b, F, d]. idea: #1430.
-
-    SLOT_BATCH_SEQS is a factor of the gradient only, as there; AdamW's epsilon sees it."""
-    cfg = model.cfg
-    shifts = [torch.zeros(len(h), 1, n, device=h.device, requires_grad=True)
-              for n in (cfg.model_dim, cfg.vocab_size)]
-    adamw = torch.optim.AdamW(shifts, betas=(cfg.slot_beta1, cfg.slot_beta2_ps), eps=1e-5,
-                              weight_decay=1e-8, capturable=h.is_cuda)
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.slot_batch_seqs
-    for k in range(cfg.slot_steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * k / max(1, cfg.slot_steps - 1)))
-        adamw.param_groups[0]["lr"] = cfg.slot_lr_min + (cfg.slot_lr - cfg.slot_lr_min) * cosine
-        with torch.enable_grad():
-            logits = model.logits(h + shifts[0].to(h.dtype), lora) + shifts[1]
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            grads = torch.autograd.grad((losses.view_as(weight) * weight).sum(), shifts)
-        shifts[0].grad, shifts[1].grad = grads
-        adamw.step()
-    return tuple(shift.detach() for shift in shifts)
-
-
 class ScoreRules:
-    """What makes a chunk's score of the model's probabilities besides themselves: SLOT, then the
-    tilt or the mixer. Gradients never see it. Rank 0 builds the tables, beside whatever else runs
-    until `wait`, and the other ranks get them from it."""
+    """What makes a chunk's score of the model's probabilities besides themselves: the n-gram tilt
+    (variants.py has more). Gradients never see it. Rank 0 builds the tables, beside whatever else
+    runs until `wait`, and the other ranks get them from it."""
+
+    kinds: tuple = (torch.int32,)  # types of the tables
 
     def __init__(self, cfg: Config, rt: Runtime, model: GPT, val: ValSet):
-        self.cfg, self.rt, self.model, self.count = cfg, rt, model, len(val.ids) - 1
-        pieces = read_pieces(cfg) if cfg.ngram_tilt_enabled and cfg.word_experts else None
-        classes = token_classes(pieces)[2] if pieces else np.ones((1, cfg.vocab_size), bool)
-        self.classes, self.built = torch.from_numpy(classes).to(rt.device), None
-        self.kinds = (torch.float32,) if cfg.ngram_mixer else ()
-        if cfg.ngram_tilt_enabled:
-            self.kinds = torch.int32, torch.float32, torch.uint8
+        self.cfg, self.rt, self.model, self.built = cfg, rt, model, None
+        self.count = len(val.ids) - int(val.ids[-1] == BOS)  # entries, one of them never looked at
         if self.kinds and rt.rank == 0:
-            self.built = ThreadPoolExecutor(1).submit(self.build, val.ids, pieces)
+            self.built = ThreadPoolExecutor(1).submit(self.build, val)
 
-    def build(self, ids: np.ndarray, pieces: list[str] | None) -> list[Tensor]:
-        """The tables, on the host; logs how long they took."""
-        started, cfg = time.perf_counter(), self.cfg
-        if mixer := {"exact": exact_mixer, "hashed": hashed_mixer}.get(cfg.ngram_mixer):
-            tables = (mixer(ids, cfg),)
-        else:
-            tables = tilt_table(ids, cfg, pieces, self.rt.log)
-        self.rt.log(f"ngram_{'mixer' if cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
-                    f"{time.perf_counter() - started:.1f}s total_targets={self.count}")
-        return [torch.from_numpy(x).to(k) for x, k in zip(tables, self.kinds, strict=True)]
+    def tables_over(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The tables; entry t speaks about ids[t + 1] and is a function of ids[: t + 1]."""
+        hint = tilt_hints(ids, self.cfg)
+        self.rt.log(f"ngram_tilt:hints total={len(hint)} gated={int((hint >= 0).sum())} "
+                    f"token_gate={int((hint >= 0).sum())} within_gate=0 word_gate=0 agree2plus=0")
+        return (hint,)
+
+    def build(self, val: ValSet) -> list[Tensor]:
+        """The tables over the stream in the coding order, on the host; logs how long they took."""
+        started = time.perf_counter()
+        ids = make_schedule(val, self.cfg, self.rt.world).stream(val.ids)
+        tables = self.tables_over(ids)
+        self.rt.log(f"ngram_{'mixer' if self.cfg.ngram_mixer else 'tilt'}:precompute_done elapsed="
+                    f"{time.perf_counter() - started:.1f}s total_targets={len(val.ids) - 1}")
+        return [torch.from_numpy(x).to(kind) for x, kind in zip(tables, self.kinds, strict=True)]
 
     def wait(self) -> None:
         """Until the tables are there; then every rank has them on its device."""
@@ -4143,33 +4089,24 @@ class ScoreRules:
         """The final state of the forward that the next call is about."""
         self.h = h
 
+    def entries(self, window: Window) -> list[Tensor]:
+        """What the tables say [b, C] of a chunk's targets, by their places in the coding order."""
+        at = window.place[:, None] + torch.arange(window.targets.shape[1], device=self.rt.device)
+        return [table[at.clamp(max=self.count - 1)] for table in self.tables]
+
     @torch.no_grad()
     def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
-        cfg, at, shift = self.cfg, window.at, 0.0
-        h = self.h if cfg.ttt_stream else pick(self.h, at)
-        if cfg.slot_enabled:
-            targets, mask = window.targets, window.mask
-            if cfg.slot_fit == "context":
-                at = at[:, :1] + torch.arange(-cfg.slot_context, 0, device=h.device)
-                mask, at = (at >= 0) & mask[:, :1], at.clamp(min=0)
-                targets = window.ids.gather(1, at + 1)
-            delta, shift = fit_slot(self.model, lora, pick(self.h, at), targets, mask)
-            h = h + delta.to(h.dtype)
-        logp = (self.model.logits(h, lora) + shift).log_softmax(-1)
-        if cfg.slot_enabled:
-            losses = -logp.gather(2, window.targets[:, :, None])[:, :, 0]
-        t = window.first[:, None] + torch.arange(losses.shape[1], device=h.device)
-        found = [table[t.clamp(max=self.count - 1)] for table in self.tables]
-        if cfg.ngram_tilt_enabled:
-            return tilt(losses, logp, window.targets, *found, self.classes)
-        return mix(losses, logp, *found, t, cfg) if cfg.ngram_mixer else losses
+        h = self.h if self.cfg.ttt_stream else pick(self.h, window.at)
+        logp = self.model.logits(h, lora).log_softmax(-1)
+        return tilt(losses, logp, window.targets, *self.entries(window), self.cfg.token_boost)
 
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
     """The rules that the settings ask for, if any."""
-    wanted = cfg.slot_enabled or cfg.ngram_tilt_enabled or cfg.ngram_mixer
-    return ScoreRules(cfg, rt, model, val) if wanted else None
+    if cfg.variants:
+        return extra("variants").Rules(cfg, rt, model, val)
+    return ScoreRules(cfg, rt, model, val) if cfg.ngram_tilt_enabled else None
 
 
 # ==================================================================================================
@@ -4444,17 +4381,13 @@ def load_state(model: GPT, path: Path, log: Callable[[str], Any] = str) -> None:
 # §15 Main
 # ==================================================================================================
 MODES = {"audit": "finished", "sample": "sample"}  # argument: the module beside this file
-
-
-def program_digest() -> str:
-    """sha256 of the program that runs, as it was when it started."""
-    return hashlib.sha256(__program__).hexdigest()
+PROGRAM_DIGEST = hashlib.sha256(__program__).hexdigest()  # of what runs, as it was at the start
 
 
 def log_header(cfg: Config, rt: Runtime, backend: str, preset: str, base: Config) -> None:
     """What ran: program, preset, settings (base: the preset's), versions, devices; why this
     attention backend. The whole list is for the file alone."""
-    rt.log(f"program: {Path(__file__).name} sha256:{program_digest()}")
+    rt.log(f"program: {Path(__file__).name} sha256:{PROGRAM_DIGEST}")
     source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
     rt.log(f"source: {base64.b85encode(source).decode()}", console=False)
     rt.log(f"preset: {preset}")
@@ -4465,7 +4398,7 @@ def log_header(cfg: Config, rt: Runtime, backend: str, preset: str, base: Config
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
     rt.log(versions)
     rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {backend}")
-    rt.record.update(seed=cfg.seed, preset=preset, program_sha256=program_digest(),
+    rt.record.update(seed=cfg.seed, preset=preset, program_sha256=PROGRAM_DIGEST,
                      settings=changed(cfg), versions=versions, hardware=f"{rt.world} x {name}",
                      budget_seconds=cfg.max_wallclock_seconds)
 
@@ -4520,8 +4453,9 @@ def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
     """Quantise (noise: `sensitivities`, for tcq), compress, write the two files that count."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
-    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg,
-                                 rt.record.get("preset", "")))
+    modules = {"variants": inspect.getsource(extra("variants"))} if cfg.variants else {}
+    source, preset = "".join(linecache.getlines(__file__)), rt.record.get("preset", "")
+    program = pack_program(baked(source, cfg, preset), modules)
 
     def encode(by_trellis: dict[str, Tensor] | None = None) -> bytes:
         nonlocal seconds
@@ -4565,14 +4499,6 @@ def host_peak() -> int:
     return 0
 
 
-def process_age() -> float:
-    """Seconds since the process began, imports included; 0 where /proc does not tell."""
-    with contextlib.suppress(OSError, AttributeError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
 def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> None:
     """A process that began `age` seconds ago: the whole program, or only an artifact's audit."""
     started, root, own = time.perf_counter() - age, Path(__file__).parent, BAKED
@@ -4584,7 +4510,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     if audit:
         cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
     rt = start_runtime(environ)
-    folder = Path(cfg.artifact_dir or ".")
+    folder, scores = Path(cfg.artifact_dir or "."), Path(cfg.scores_path)
+    require(scores.parent.is_dir(), f"SCORES_PATH={scores}: no such folder; make it first")
     kind = "-audit" if audit else "-rescoring" * cfg.ttt_eval_only  # no litter beside the artifact
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{kind}"
     beside = cfg.artifact_dir and (cfg.run_id or not kind)
@@ -4597,6 +4524,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     named = environ.get("PRESET") or own.get("PRESET") or "none (defaults = best)"
     log_header(cfg, rt, attention.reason, Path(named).name.removesuffix(".env"), base)
     rt.log(identity)
+    rt.record["data"] = identity
     if guide := extra("guide", needed=False):
         guide.before(cfg, rt, environ)
     if rt.world > 1 and (reliability := extra("reliability", needed=False)):

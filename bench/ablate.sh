@@ -11,6 +11,10 @@
 # evaluation from its artifact, so that nothing else differs. Folders: OUT/TECHNIQUE/seedN (OUT is
 # runs/ablate-PRESET); a run whose score is there is not repeated. The table is ablate_table.py's.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
+  -*) echo "error: $1: no such option; bench/ablate.sh --help says how it is called" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 
 gpus=0

@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
+import variants
 
 
 def synthetic(n: int) -> np.ndarray:
@@ -40,9 +41,9 @@ def main() -> None:
     cfg = t.Config(ngram_tilt_enabled=not told.mixer, ngram_mixer="exact" if told.mixer else "")
     cpu, wall = time.process_time(), time.perf_counter()
     if told.mixer:
-        print(f"mean {-t.exact_mixer(ids, cfg).mean():.4f} nats a token from n-grams alone")
+        print(f"mean {-variants.exact_mixer(ids, cfg).mean():.4f} nats a token from n-grams alone")
     else:
-        hint = t.tilt_table(ids, cfg, None, print)[0]
+        hint = t.tilt_hints(ids, cfg)
         print(f"of the hints {(hint == ids[1:])[hint >= 0].mean():.4f} come true")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{len(ids)} ids: CPU {time.process_time() - cpu:.1f} s, wall "

@@ -26,5 +26,6 @@ fi
 
 style=0
 python -m ruff check . || style=$?
-python -m pytest "$@"
+# two workers, a file to one of them; PYTEST_WORKERS=0 runs all in this process
+python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile "$@"
 exit "$style"

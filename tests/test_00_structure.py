@@ -17,16 +17,15 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
 
-# section: (title, lines that it may have). The sum, 12 and 13 included, stays at most 4,669: the
-# record's program has 3,753.
+# section: (title, lines that it may have). The sum only falls; the record's program has 3,753.
 SECTIONS = {
-    0: ("Header", 66), 1: ("Config", 441), 2: ("Runtime", 154), 3: ("Kernels", 719),
+    0: ("Header", 66), 1: ("Config", 451), 2: ("Runtime", 166), 3: ("Kernels", 719),
     4: ("Attention", 137), 5: ("Model", 395), 6: ("Optimisers", 206), 7: ("Data", 207),
-    8: ("Quantisation", 562), 9: ("Artifact", 423), 10: ("Evaluation", 127),
-    11: ("Test-time training", 429), 12: ("N-gram", 214), 13: ("SLOT", 95), 14: ("Training", 268),
-    15: ("Main", 226),
+    8: ("Quantisation", 562), 9: ("Artifact", 426), 10: ("Evaluation", 137),
+    11: ("Test-time training", 489), 12: ("N-gram", 90), 13: ("Score rules", 64),
+    14: ("Training", 268), 15: ("Main", 218),
 }
-MOST_LINES = 4669
+MOST_LINES = 4601
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -155,6 +154,7 @@ def test_every_setting_is_read():
     start = next(n for n in TREE.body if getattr(n, "name", "") == "Config")
     fields = "\n".join(LINES[start.lineno - 1:start.end_lineno])
     rest = SOURCE.replace(fields[:fields.index("def from_env")], "")
+    rest += (ROOT / "variants.py").read_text()
     for name in t.SETTINGS:
         used = re.search(rf"\.{name.lower()}\b|[\"']{name.lower()}[\"']", rest)
         assert used, f"{name} is read nowhere"

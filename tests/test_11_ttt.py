@@ -387,7 +387,7 @@ def test_a_phase_moves_the_caps():
 def test_phases_train_on_the_right_documents(monkeypatch):
     cfg = tiny(ttt_batch_size=4, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
     val = val_set(LENGTHS)  # 12 documents: three batches
-    batches = t.document_batches(documents_of(val), 4)
+    batches = t.make_schedule(val, cfg, 1).batches
     seen = []
     monkeypatch.setattr(t, "train_globally",
                         lambda model, docs, *rest: seen.append(docs) or 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_gpt as t
+import variants as v
 from tests.tools import TINY, tiny
 
 PIECES = ["<0>", "<1>", "</s>", "<0x0A>", "\u2581the", "\u2581a", "\u2581The", "\u2581cat", "s",
@@ -86,7 +87,7 @@ def test_a_collision_of_hashes_changes_nothing():
 @pytest.mark.parametrize("ids", [[1], [1, 2], [1] * 40, list(range(30))])
 def test_streams_without_anything_to_find(ids):
     ids = np.array(ids)
-    hint, boost, kind = t.tilt_table(ids, tiny(token_order=3), None, print)
+    hint, boost, kind = v.tilt_table(ids, tiny(token_order=3), None, print)
     assert len(hint) == len(boost) == len(kind) == len(ids) - 1
     want = [hit[0] if hit else -1 for hit in token_twin(ids, 3)]
     np.testing.assert_array_equal(hint, want)
@@ -94,7 +95,7 @@ def test_streams_without_anything_to_find(ids):
 
 def word_twin(ids, cfg):
     """Hints of the word experts, read token by token: {kind: [(token, p) or None]}."""
-    start, closed, _ = t.token_classes(PIECES)
+    start, closed, _ = v.token_classes(PIECES)
     within, words = Twin(), Twin()
     found, word, before = {1: [], 2: []}, [], []
 
@@ -125,8 +126,8 @@ def test_experts_are_the_twins(seed, published):
     cfg = tiny(token_order=4, token_threshold=0.5, within_boost=0.75, within_tau=0.3, word_tau=0.2,
                word_boost=1.0, agree_add_boost=0.5, word_order=3 + seed % 2,
                ngram_target_gate=published)
-    classes, lines = t.token_classes(PIECES)[2], []
-    got = t.tilt_table(ids, cfg, PIECES, lines.append)
+    classes, lines = v.token_classes(PIECES)[2], []
+    got = v.tilt_table(ids, cfg, PIECES, lines.append)
     found = {0: [(int(h[0]), h[1] / h[2]) if h else None for h in token_twin(ids, 4)],
              **word_twin(ids, cfg)}
     rules = {0: (0.5, 2.625), 1: (0.3, 0.75), 2: (0.2, 1.0)}
@@ -159,27 +160,47 @@ def test_a_legal_hint_does_not_depend_on_what_follows():
     other[401:] = stream(199, 8)[:199]
     for gate in (False, True):
         cfg = t.replace(cfg, ngram_target_gate=gate)
-        one, two = (t.tilt_table(x, cfg, PIECES, print)[0][:401] for x in (ids, other))
+        one, two = (v.tilt_table(x, cfg, PIECES, print)[0][:401] for x in (ids, other))
         np.testing.assert_array_equal(one[:400], two[:400])
-        entries = [t.tilt_table(np.r_[ids[:k], y], cfg, PIECES, print)[0][-1]
+        entries = [v.tilt_table(np.r_[ids[:k], y], cfg, PIECES, print)[0][-1]
                    for k in range(200, 260) for y in range(2, V)]
         alike = [len(set(entries[i : i + V - 2])) == 1 for i in range(0, len(entries), V - 2)]
         assert all(alike) == (not gate)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_programs_tilt_is_that_of_its_token_expert_alone(seed):
+    """Hints and losses of train_gpt.py against those of variants.py without word experts."""
+    ids, cfg = stream(900, seed), tiny(token_order=4, token_threshold=0.5, ngram_tilt_enabled=True)
+    want, boost, kind = v.tilt_table(ids, cfg, None, print)
+    hint = t.tilt_hints(ids, cfg)
+    np.testing.assert_array_equal(hint, want)
+    logp = torch.randn(1, len(hint), V, generator=torch.Generator().manual_seed(seed))
+    logp, y = logp.log_softmax(-1), torch.from_numpy(ids[1:])[None]
+    losses = -logp.gather(2, y[:, :, None])[:, :, 0]
+    hint, boost, kind = (torch.from_numpy(x)[None] for x in (hint, boost, kind))
+    torch.testing.assert_close(
+        t.tilt(losses, logp, y, hint, cfg.token_boost),
+        v.tilt(losses, logp, y, hint, boost, kind, torch.ones(1, V, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_the_tilted_distribution_sums_to_one(kind):
     torch.manual_seed(kind)
-    classes = torch.from_numpy(t.token_classes(PIECES)[2])
+    classes = torch.from_numpy(v.token_classes(PIECES)[2])
     logp = (3 * torch.randn(5, 7, V)).log_softmax(-1)
     inside = torch.nonzero(classes[kind])[:, 0]
     hint = inside[torch.randint(len(inside), (5, 7))].int()
     hint[0] = -1
     boost = torch.rand(5, 7) * 4
     kinds = torch.full((5, 7), kind, dtype=torch.uint8)
-    p = torch.stack([(-t.tilt(-logp[:, :, a], logp, torch.full((5, 7), a), hint, boost, kinds,
+    p = torch.stack([(-v.tilt(-logp[:, :, a], logp, torch.full((5, 7), a), hint, boost, kinds,
                               classes)).exp() for a in range(V)], -1)
     assert (p.double().sum(-1) - 1).abs().max() < 1e-6
+    if kind == 0:  # the program's own, with one boost for all
+        q = torch.stack([(-t.tilt(-logp[:, :, a], logp, torch.full((5, 7), a), hint, 2.625)).exp()
+                         for a in range(V)], -1)
+        assert (q.double().sum(-1) - 1).abs().max() < 1e-6
     want = logp.exp()  # the definition, with the normaliser summed up
     raised = want.clone()
     for b, c in np.ndindex(5, 7):
@@ -193,13 +214,13 @@ def test_the_tilted_distribution_sums_to_one(kind):
 def test_published_gates_give_no_distribution():
     """Every token scored with the hint that its own class calls for: the sum is not one."""
     logp = torch.full((1, 1, V), 1 / V).log()
-    _, _, classes = t.token_classes(PIECES)
+    _, _, classes = v.token_classes(PIECES)
     total = 0.0
     for a in range(V):
         hint = torch.tensor([[8 if classes[1][a] else -1]], dtype=torch.int32)
         zero, beta = torch.zeros(1, 1, dtype=torch.uint8), torch.full((1, 1), 0.75)
         everything = torch.ones(1, V, dtype=torch.bool)
-        total += math.exp(-t.tilt(-logp[:, :, a], logp, torch.tensor([[a]]), hint, beta, zero,
+        total += math.exp(-v.tilt(-logp[:, :, a], logp, torch.tensor([[a]]), hint, beta, zero,
                                   everything).item())
     assert abs(total - 1) > 0.01
 
@@ -219,13 +240,13 @@ def mixer_twin(ids, at, order, vocab):
 
 def test_exact_mixer_is_a_distribution_and_the_twins():
     ids, cfg = stream(260, 3, vocab=6), tiny(vocab_size=8, ngram_order=9)
-    got = t.exact_mixer(ids, cfg)
+    got = v.exact_mixer(ids, cfg)
     for at in range(len(ids) - 1):
         p = mixer_twin(ids, at, 9, 8)
         assert abs(p.sum() - 1) < 1e-12
         assert abs(got[at] - math.log(p[ids[at + 1]])) < 1e-9
     for at in (50, 120, 258):  # the program itself, over the whole vocabulary
-        each = [t.exact_mixer(np.r_[ids[: at + 1], a], cfg)[-1] for a in range(8)]
+        each = [v.exact_mixer(np.r_[ids[: at + 1], a], cfg)[-1] for a in range(8)]
         assert abs(np.exp(each).sum() - 1) < 1e-9
 
 
@@ -240,8 +261,8 @@ def hashed_twin(ids, order, buckets, vocab):
                 break
             key = 0
             for k in range(n - 1):
-                key ^= int(ids[at - (n - 1) + k]) * t.HASH_PRIMES[k % 10]
-            whole = (key ^ y * t.HASH_PRIMES[(n - 1) % 10]) & (buckets - 1)
+                key ^= int(ids[at - (n - 1) + k]) * v.HASH_PRIMES[k % 10]
+            whole = (key ^ y * v.HASH_PRIMES[(n - 1) % 10]) & (buckets - 1)
             keys.append(((n, key & (buckets - 1)), (n, whole)))
             c, f = context[keys[-1][0]], full[keys[-1][1]]
             p = min(c, f) / c if c else p
@@ -258,8 +279,8 @@ def test_hashed_mixer_is_the_published_one_and_no_distribution():
     ids = stream(500, 5, vocab=12, repeat=0.2)
     cfg = tiny(vocab_size=16, ngram_order=5, ngram_buckets=32, ngram_mixer="hashed",
                allow_illegal=True)
-    np.testing.assert_array_equal(t.hashed_mixer(ids, cfg), hashed_twin(ids, 5, 32, 16))
-    sums = [np.exp([t.hashed_mixer(np.r_[ids[:at], a], cfg)[-1] for a in range(16)]).sum()
+    np.testing.assert_array_equal(v.hashed_mixer(ids, cfg), hashed_twin(ids, 5, 32, 16))
+    sums = [np.exp([v.hashed_mixer(np.r_[ids[:at], a], cfg)[-1] for a in range(16)]).sum()
             for at in range(300, 500, 20)]
     assert max(abs(x - 1) for x in sums) > 0.5
 
@@ -270,7 +291,7 @@ def test_mixture_sums_to_one_and_its_weight_is_the_published_one():
     logp = (2 * torch.randn(2, 4, V)).log_softmax(-1)
     ngram = torch.randn(2, 4, V).log_softmax(-1)
     at = torch.arange(4).expand(2, -1)
-    p = torch.stack([(-t.mix(-logp[..., a], logp, ngram[..., a], at, cfg)).exp()
+    p = torch.stack([(-v.mix(-logp[..., a], logp, ngram[..., a], at, cfg)).exp()
                      for a in range(V)], -1)
     assert (p.double().sum(-1) - 1).abs().max() < 1e-6
     torch.testing.assert_close(p[:, :3], logp[:, :3].exp())

@@ -1,12 +1,15 @@
-"""§13 SLOT: a loop over samples, what a fit may look at, and rules inside the evaluation."""
+"""§13 Score rules inside the evaluation; SLOT of variants.py: a loop over samples, what a fit may
+look at."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train_gpt as t
+import variants as v
 from tests.tools import Recorder, busy_model, cosine_start, runtime, tiny, val_set
 
 LENGTHS = [7, 40, 23, 55, 31, 12]
@@ -15,10 +18,11 @@ LENGTHS = [7, 40, 23, 55, 31, 12]
 def parts(cfg, rules=True, lengths=LENGTHS):
     """(model, adapter, batch, val) with adapters that are not zero."""
     val, rt, model = val_set(lengths, cfg.vocab_size), runtime(), busy_model(cfg)
-    found = t.make_rules(cfg, rt, model, val) if rules else None
+    found = t.make_rules(t.replace(cfg, ttt_batch_size=len(lengths)), rt, model,
+                         val) if rules else None
     if found:
         found.wait()
-    batch = t.document_batches([t.Document(*d) for d in val.documents()], len(lengths))[0]
+    batch = t.make_schedule(val, t.replace(cfg, ttt_batch_size=len(lengths)), 1).batches[0]
     adapter = t.Adapter(model, cfg, rt, len(batch), cosine_start, found)
     with torch.no_grad():
         for b in adapter.lora.B.values():
@@ -54,7 +58,7 @@ def test_a_fit_is_a_loop_over_samples():
     h, targets = torch.randn(4, 9, cfg.model_dim, generator=gen), torch.arange(36).view(4, 9)
     count = torch.tensor([9, 4, 0, 1])
     mask = torch.arange(9) < count[:, None]
-    delta, bias = t.fit_slot(model, None, h, targets, mask)
+    delta, bias = v.fit_slot(model, None, h, targets, mask)
     for b, n in enumerate(count.tolist()):
         one = slot_of_one(model, h[b, :n], targets[b, :n], cfg) if n else (0 * delta[b, 0],
                                                                           0 * bias[b, 0])
@@ -128,8 +132,9 @@ def test_rules_look_at_their_own_place_of_the_stream(stream, changes):
     """Every scored loss, recomputed from the table entry of its own position in the stream."""
     cfg = tiny(ttt_stream=stream, **changes)
     model, _, batch, val = parts(cfg)
-    rt = runtime()
-    rules = t.make_rules(cfg, rt, model, val)
+    rt, texts = runtime(), [val.ids[doc.begin + 1 : doc.end] for doc in batch]
+    coded = np.concatenate([np.r_[t.BOS, text[text != t.BOS]] for text in texts] + [[t.BOS]])
+    rules = t.make_rules(t.replace(cfg, ttt_batch_size=len(LENGTHS)), rt, model, val)
     rules.wait()
     make = t.Streamed if stream else t.Adapter
     plain, ruled = (make(model, cfg, rt, len(batch), cosine_start, r) for r in (None, rules))
@@ -143,14 +148,14 @@ def test_rules_look_at_their_own_place_of_the_stream(stream, changes):
                 h = rules.h if stream else t.pick(rules.h, window.at)
                 logp = model.logits(h, ruled.lora).log_softmax(-1).detach()
                 for b, c in torch.nonzero(mask).tolist():
-                    at, y = int(window.first[b]) + c, int(window.targets[b, c])
-                    assert val.ids[at + 1] == y
+                    at, y = int(window.place[b]) + c, int(window.targets[b, c])
+                    assert coded[at + 1] == y
                     entry = [table[at] for table in rules.tables]
                     if cfg.ngram_tilt_enabled:
                         want = raw[b, c].item()
                         if entry[0] >= 0:
                             q = logp[b, c, entry[0]].exp().item()
-                            beta = entry[1].item()
+                            beta = cfg.token_boost
                             want += math.log1p(q * math.expm1(beta)) - beta * (y == entry[0])
                             moved += 1
                     else:

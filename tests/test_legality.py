@@ -1,4 +1,4 @@
-"""The eighteen ways in which scores of this field were invalid (docs/legality.md): each is planted,
+"""The nineteen ways in which scores of this field were invalid (docs/legality.md): each is planted,
 and its detector must see it; and none sees anything in what is legal.
 
 `python -m tests.test_legality` runs these tests and writes the table of docs/legality.md."""
@@ -20,6 +20,7 @@ import legality
 import preset as presets
 import submission as s
 import train_gpt as t
+import variants
 from caseops import audit as data_audit
 from tests.test_submission import RATIO, RECORD, claim, foreign, write_logs
 from tests.tools import (
@@ -72,6 +73,8 @@ ROWS = (
     Row(17, "settings that only the environment knew",
         "`submission.py`: settings of the log against its source", "environment"),
     Row(18, "digits that do not fit each other", "`submission.py`: val_bpb/val_loss", "digits"),
+    Row(19, "n-gram tables in one order, weights and adapters in another", "`audit`: one order",
+        "order"),
 )
 
 
@@ -159,7 +162,7 @@ def test_audit_alone(real, tmp_path):
                        "sys.argv = ['train_gpt.py', 'audit']; sys.exit(t.main())\n")
     run = launch({**settings, "RUN_ID": "audit"}, tmp_path, program)
     assert run.returncode == 0, run.stderr
-    assert len(re.findall(r"^legality: [\w ]+ \((?:plain|ttt)\): holds", run.stdout, re.M)) == 10
+    assert len(re.findall(r"^legality: [\w ]+ \((?:plain|ttt)\): holds", run.stdout, re.M)) == 12
     (out / t.PROGRAM_FILE).rename(out / "elsewhere")
     run = launch({**settings, "RUN_ID": "audit2"}, tmp_path, program)
     (out / "elsewhere").rename(out / t.PROGRAM_FILE)
@@ -215,8 +218,8 @@ def test_exact_rules_are_a_distribution_when_streamed(rule):
 
 def test_row_01_best_order_of_each_token(monkeypatch):
     """The exact mixer, but every token takes the order that likes it best."""
-    exact = t.exact_mixer
-    monkeypatch.setattr(t, "exact_mixer", lambda ids, cfg: np.maximum(
+    exact = variants.exact_mixer
+    monkeypatch.setattr(variants, "exact_mixer", lambda ids, cfg: np.maximum(
         exact(ids, cfg), exact(ids, dataclasses.replace(cfg, ngram_order=2))))
     assert unlike_one(tiny(ngram_mixer="exact"))
 
@@ -224,7 +227,7 @@ def test_row_01_best_order_of_each_token(monkeypatch):
 @pytest.mark.parametrize("mode", [{}, STREAM])
 def test_row_01_tilt_without_its_divisor(monkeypatch, mode):
     """Seen only where a hint is given: in text that n-grams know."""
-    monkeypatch.setattr(t, "tilt", lambda losses, logp, targets, hint, boost, *_: (
+    monkeypatch.setattr(t, "tilt", lambda losses, logp, targets, hint, boost: (
         losses - boost * (targets == hint)))
     found = unlike_one(tiny(ngram_tilt_enabled=True, within_boost=0, word_boost=0, **mode))
     assert len(found) == 1 and "document 10 of the sample" in found[0]
@@ -326,8 +329,8 @@ def test_row_06_bytes(monkeypatch, tmp_path):
     path.write_text(text.replace("devices:", "val_tokens: 47853343\ndevices:"))
     refused([path], "imply 176.76M bytes; the validation set has 151.07M")
     add = t.Meter.add
-    monkeypatch.setattr(t.Meter, "add", lambda self, losses, sizes, mask: add(
-        self, losses, sizes + (sizes > 2), mask))
+    monkeypatch.setattr(t.Meter, "add", lambda self, losses, sizes, *rest: add(
+        self, losses, sizes + (sizes > 2), *rest))
     found = legality.check_ledger(bench_of(tiny()), "plain", val_set(VAL_LENGTHS))
     assert any("bytes counted, the data has" in str(x) for x in found)
 
@@ -446,8 +449,9 @@ def test_row_13_smear(monkeypatch, tmp_path):
                                   dict(ngram_tilt_enabled=True, within_boost=0, word_boost=0)])
 def test_row_13_neighbours_of_a_batch_with_rules(monkeypatch, rule):
     """Tables of n-grams may know other documents; nothing else may."""
-    call = t.ScoreRules.__call__
-    monkeypatch.setattr(t.ScoreRules, "__call__", lambda self, losses, window, lora: call(
+    owner = variants.Rules if "ngram_mixer" in rule else t.ScoreRules
+    call = owner.__call__
+    monkeypatch.setattr(owner, "__call__", lambda self, losses, window, lora: call(
         self, losses, window, lora) + 1e-3 * losses.mean())
     found = found_in(tiny(**rule))
     assert any(x.startswith("document isolation (ttt)") for x in found), found
@@ -491,13 +495,68 @@ def test_row_18_digits(tmp_path):
     refused(paths, "val_bpb/val_loss is 0.4568")
 
 
+TILT = dict(ngram_tilt_enabled=True)
+
+
+def ordered(cfg: t.Config) -> list[str]:
+    """What the check of the coding order says of test-time training."""
+    bench = bench_of(cfg)
+    return [text for text, _ in legality.check_order(
+        bench, "ttt", legality.sample_of(val_set(VAL_LENGTHS), bench.cfg))]
+
+
+@pytest.mark.parametrize("rule", [TILT, {**TILT, **STREAM}, dict(ngram_mixer="exact")], ids=str)
+def test_row_19_order(monkeypatch, rule):
+    """Tables over the stream, as public entries build them, looked up where the stream has the
+    target; batches run from the longest documents down. First the order claimed is the one of the
+    batches, then the stream's."""
+    assert ordered(tiny(**rule)) == []
+    schedule = t.make_schedule
+
+    def by_stream(rules, val):
+        tables = rules.tables_over(np.append(val.ids, t.BOS))
+        return [torch.from_numpy(x).to(kind) for x, kind in zip(tables, rules.kinds, strict=True)]
+
+    def shuffled(rules, val):
+        tables = by_stream(rules, val)
+        moved = [x.clone() for x in tables]
+        for doc in schedule(val, rules.cfg, 1).documents():
+            for new, old in zip(moved, tables, strict=True):
+                new[doc.place : doc.place + doc.targets] = old[doc.begin : doc.end - 1]
+        return moved
+    with monkeypatch.context() as patch:
+        patch.setattr(t.ScoreRules, "build", shuffled)
+        assert any("placed before it" in text for text in ordered(tiny(**rule)))
+
+    def claimed(val, cfg, world):
+        told = schedule(val, cfg, world)
+        return told._replace(batches=[[doc._replace(place=doc.begin) for doc in batch]
+                                      for batch in told.batches])
+    monkeypatch.setattr(t, "make_schedule", claimed)
+    monkeypatch.setattr(t.ScoreRules, "build", by_stream)
+    assert any("placed before it" in text for text in ordered(tiny(**rule)))
+
+
+@pytest.mark.parametrize("plant, words", [
+    (lambda val, doc: int(val.ids[doc.begin + 1]), "changes the coding order"),
+    (lambda val, doc: 0, "places in the coding order")])
+def test_row_19_an_order_by_content_or_none(monkeypatch, plant, words):
+    """Places that depend on what documents say; two targets at one place."""
+    schedule = t.make_schedule
+    monkeypatch.setattr(t, "make_schedule", lambda val, *rest: (told := schedule(
+        val, *rest))._replace(batches=[[doc._replace(place=plant(val, doc) * 10**4 + (
+            doc.place if words.startswith("changes") else 0)) for doc in batch]
+            for batch in told.batches]))
+    assert any(words in text for text in ordered(tiny()))
+
+
 def test_the_table_names_these_tests():
     """docs/legality.md is this file's table, with all results `caught`."""
     text = (ROOT / "docs" / "legality.md").read_text()
     for row in ROWS:
         assert f"test_row_{row.number:02}_{row.test}" in globals()
         assert table_line(row, "caught") in text
-    assert [row.number for row in ROWS] == list(range(1, 19))
+    assert [row.number for row in ROWS] == list(range(1, 20))
 
 
 def table_line(row: Row, result: str) -> str:

@@ -45,9 +45,119 @@ def test_every_plot_is_in_the_report(logs, tmp_path):
     report.write(logs, place)
     text = place.read_text()
     assert text.count("data:image/png;base64,") == len(report.PLOTS) == 8
-    assert "the logs do not say" not in text and not re.search(r'(src|href)="(?!data:)', text)
+    assert "the logs do not say" not in text and not re.search(r'src="(?!data:)', text)
     assert len(list(place.parent.glob("report_*.png"))) == 8
     assert "<li>none</li>" in text and "<td>42</td>" in text
+    captions = re.findall(r"<figcaption>(.+?)</figcaption>", text)
+    assert len(captions) == 8 and all(caption.endswith(".") for caption in captions)
+    links = re.findall(r'href="([^"]+)"', text)
+    assert [place.parent / link for link in links] == [
+        place.parent / ".." / path.name for path in logs]  # relative: the folder may move
+    assert all((place.parent / link).is_file() for link in links)
+
+
+def test_seeds_can_be_told_apart(logs):
+    drawn = [report.Log(path, index) for index, path in enumerate(logs)]
+    assert len({(log.style["color"], log.style["ls"], log.marker) for log in drawn}) == 3
+    for plot in (report.losses, report.running, report.by_length):
+        figure, ax = report.plt.subplots()
+        plot(ax, drawn)
+        looks = {(line.get_color(), line.get_linestyle()) for line in ax.get_lines()
+                 if line.get_linestyle() not in ("None", ":")}
+        assert len(looks) == 3, plot.__name__
+        report.plt.close(figure)
+
+
+def test_the_score_so_far_has_more_than_three_points(logs):
+    """From progress lines or, where the log has fewer, from the sums by length of document."""
+    rows = [[math.log(2) * 2.0 * size, tokens, size] for tokens, size in
+            ((5, 10), (10, 20), (20, 40), (30, 60), (40, 80))]
+    with_result(logs[0], by_length=rows)
+    log = report.Log(logs[0])
+    points = report.summed_by_length(log)
+    assert [x for x, _ in points] == pytest.approx([100 * n / 105 for n in (40, 70, 90, 100, 105)])
+    assert [y for _, y in points] == pytest.approx([2.0] * 5)
+    figure, ax = report.plt.subplots()
+    report.running(ax, [log])
+    assert len(ax.get_lines()[0].get_xdata()) == 6 and len(ax.get_lines()[2].get_xdata()) == 1
+    report.plt.close(figure)
+    more = "".join(f"ttt_progress: {k}00/47853343 targets of rank 0 val_loss:2.3 val_bpb:1.07 "
+                   f"time:{k}.0s\n" for k in range(2, 12))
+    logs[0].write_text(more + logs[0].read_text())
+    figure, ax = report.plt.subplots()
+    report.running(ax, [report.Log(logs[0])])
+    assert len(ax.get_lines()[0].get_xdata()) == 12
+    report.plt.close(figure)
+
+
+def test_what_differs_from_the_preset_is_a_table(logs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PLOTS", ())
+    place = tmp_path / "report.html"
+    report.write(logs, place)
+    text = place.read_text()
+    assert "Settings that differ from the defaults" in text and "Preset <code>" not in text
+    assert "<tr><td>MATRIX_LR</td><td>0.03</td></tr>" in text
+    for path in logs:
+        path.write_text('preset: pr1855\nnot the preset: {"TTT_LORA_RANK": "96", "RUN_ID": "x"}\n'
+                        + path.read_text())
+    report.write(logs, place)
+    text = place.read_text()
+    assert "Settings that differ from the preset" in text and "Preset <code>pr1855</code>" in text
+    assert "<tr><td>TTT_LORA_RANK</td><td>96</td></tr>" in text and "<td>RUN_ID" not in text
+    assert "<tr><td>BPB</td><td>1.06108</td><td>1.06110</td></tr>" in text
+    assert "<tr><td>steps</td><td>4,931</td><td>4,931</td></tr>" in text
+    assert "<td>599.5</td><td>590.0</td>" in text and "<td>15.90 MB</td>" in text
+    for path in logs:
+        path.write_text(re.sub("not the preset: .*", "not the preset: {}", path.read_text()))
+    report.write(logs, place)
+    assert "<p>Those of the preset.</p>" in place.read_text()
+
+
+@pytest.mark.parametrize("preset", ["best", "cpu_demo", "pr1430_causal", "pr1855", "pr2140"])
+def test_presets_say_what_they_expect(preset):
+    text = report.expected_of(preset)
+    assert text.endswith(".") and "\n" not in text and "Differs:" not in text and "# " not in text
+    told = (report.PRESETS / f"{preset}.env").read_text()
+    assert bool(report.published_of(preset)) == bool(re.search(r"[Pp]ublished \d", told))
+
+
+@pytest.mark.parametrize("preset", ["", "none", "../presets/pr1855", "a b"])
+def test_a_preset_that_is_not_there_expects_nothing(preset):
+    assert report.expected_of(preset) == report.published_of(preset) == ""
+
+
+def test_the_baseline_is_shown(logs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PLOTS", ())
+    (tmp_path / "b").mkdir()
+    theirs = write_logs(tmp_path / "b", (42, 1.0700), (0, 1.0690), (1234, 1.0710), lr="0.02")
+    monkeypatch.setattr(s.sys, "argv", ["submission.py", "--out", str(tmp_path / "o.json"),
+                                        "--report", str(tmp_path / "r.html"), *map(str, logs),
+                                        "--baseline", *map(str, theirs)])
+    assert s.main() == 0
+    text = (tmp_path / "r.html").read_text()
+    assert f"<h2>Against {theirs[0]}, " in text and "gain over the baseline: +0.01" in text
+    assert "<tr><td>test-time trained</td><td>+0.0" in text
+
+
+def test_a_run_that_ended_early_has_its_stages(logs):
+    for path in logs:
+        text = path.read_text()
+        path.write_text(text[:text.index("Code size")])
+    figure, ax = report.plt.subplots()
+    report.stages(ax, [report.Log(path) for path in logs])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["before\nquantisation"]
+    report.plt.close(figure)
+
+
+def test_text_of_a_log_is_no_html(logs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PLOTS", (report.memory,))
+    for path in logs:
+        text = path.read_text().replace("NVIDIA H100", "<script>x</script>")
+        path.write_text(text.replace('"MATRIX_LR": "0.03"', '"MATRIX_LR": "<b>&"')
+                        .replace("preset", "x"))
+    report.write(logs, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<script>" not in text and "<b>" not in text and "&lt;b&gt;&amp;" in text
 
 
 def test_axes_have_units(logs):

@@ -1,6 +1,8 @@
 """submission.py: nothing that a log does not say, one configuration, statistics by hand."""
 
+import base64
 import json
+import lzma
 import math
 import re
 import statistics
@@ -94,6 +96,54 @@ def test_files_are_written_and_the_readme_filled(tmp_path, monkeypatch, capsys):
     text = readme.read_text()
     assert "old" not in text and "| 2 | 1.06400" in text and text.endswith("end\n")
     assert "(std 0.00707, n = 2)" in text
+    assert "written: submission.json\nwritten: README.md\n" in capsys.readouterr().out
+
+
+# ---- where it is written
+
+def command(monkeypatch, capsys, *words):
+    """(exit code, output, errors) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["submission.py", *map(str, words)])
+    code = s.main()
+    return code, *capsys.readouterr()
+
+
+def test_the_default_is_the_folder_of_the_logs(tmp_path, monkeypatch, capsys):
+    """What runs/PRESET/ holds; whatever the current folder, nothing else is touched."""
+    logs = []
+    for seed, bpb in ((1, 1.06), (2, 1.07)):
+        (tmp_path / "runs" / f"seed{seed}").mkdir(parents=True)
+        logs += write_logs(tmp_path / "runs" / f"seed{seed}", (seed, bpb))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "submission.json").write_text("{}")
+    code, out, _ = command(monkeypatch, capsys, *logs)
+    assert code == 0 and "written: runs/submission.json\n" in out
+    assert command(monkeypatch, capsys, "--draft", *logs)[0] == 0  # ours may be written again
+    place = tmp_path / "a" / "b.json"
+    assert f"written: {place}\n" in command(monkeypatch, capsys, "--out", place, *logs)[1]
+    assert json.loads(place.read_text())["summary"]["runs"] == 2
+    assert (tmp_path / "submission.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("there", ["{}", "[]", "no JSON", '{"val_bpb": 1.06}'])
+@pytest.mark.parametrize("draft", [(), ("--draft",)])
+def test_a_file_that_is_not_ours_is_replaced_only_by_name(there, draft, tmp_path, monkeypatch,
+                                                          capsys):
+    logs, place = write_logs(tmp_path, (1, 1.06)), tmp_path / "submission.json"
+    place.write_text(there)
+    code, out, err = command(monkeypatch, capsys, *draft, *logs)
+    assert code == 2 and out == "" and "name a file with --out" in err
+    assert place.read_text() == there
+    assert command(monkeypatch, capsys, "--out", place, *logs)[0] == 0
+    assert place.read_text() != there
+
+
+def test_the_repositorys_own_file_is_replaced_only_by_name(tmp_path, monkeypatch, capsys):
+    logs, place = write_logs(tmp_path, (1, 1.06)), tmp_path / "submission.json"
+    place.write_text(json.dumps(s.build(logs)))
+    monkeypatch.setattr(s, "__file__", str(tmp_path / "submission.py"))
+    code, _, err = command(monkeypatch, capsys, "--draft", *logs)
+    assert code == 2 and "is not replaced unasked" in err
 
 
 # ---- the JSON line, comparisons, other people's records
@@ -130,6 +180,59 @@ def test_what_the_last_line_rules_out(tmp_path, changes, words):
     with pytest.raises(s.UserError, match=re.escape(words)):
         s.build([path])
     assert any(words in line for line in s.build([path], draft=True)["findings"])
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("graphs recorded in the clock: 3", "graphs recorded in the clock: 3"),
+    ("graphs recorded in the clock: 0", None),
+    ("warning: training and calibration took 1.2s more than MAX_WALLCLOCK_SECONDS=600",
+     "the program warns: warning: training and calibration took 1.2s more"),
+    ("calibration took longer than reserved: 7.1s of 6.2s", "took longer than reserved: 7.1s")])
+def test_what_went_on_in_the_clock(tmp_path, line, words):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    path.write_text(f"{path.read_text()}{line}\n")
+    found = s.build([path], draft=True)["findings"]
+    assert len(found) == bool(words) and all(words in x for x in found)
+
+
+def test_two_runs_in_one_log_are_refused(tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(s.UserError, match="two runs in one log"):
+        s.build([path])
+    assert "two runs in one log" in s.build([path], draft=True)["findings"][0]
+
+
+def test_a_cut_last_line_is_found(tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    with_result(path)
+    path.write_text(path.read_text()[:-20])
+    assert "the last line, which holds the figures, is cut" in s.build([path], True)["findings"][0]
+
+
+def test_a_cut_source_is_a_line(tmp_path, monkeypatch, capsys):
+    """A viewer that cuts long lines, or a full disk."""
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    whole = base64.b85encode(lzma.compress(b"print(1)\n" * 99)).decode()
+    for source, words in (("{Wp48S^xk9=GL@E0stWa8~^|S5YJf", "cut"), (whole[:-8], "cut"),
+                          ("Ab" * 30, "damaged")):
+        path.write_text(f"source: {source}\n" + LOG.format(seed=1, bpb=1.06, lr=1,
+                                                           loss=1.06 * RATIO))
+        code, out, err = command(monkeypatch, capsys, "--source", path)
+        assert (code, out) == (2, "") and f"the source in the log is {words}" in err
+        assert any(words in line for line in s.build([path], draft=True)["findings"])
+        with pytest.raises(s.UserError, match=words):
+            s.build([path])
+
+
+def test_the_preset_is_shown(tmp_path):
+    (path,) = write_logs(tmp_path, (1, 1.06))
+    assert "Preset" not in s.table(s.build([path]))
+    path.write_text("preset: pr1855\n" + path.read_text())
+    assert s.table(s.build([path])).endswith("\nPreset: pr1855.")
+    (tmp_path / "b").mkdir()
+    (other,) = write_logs(tmp_path / "b", (2, 1.06))
+    assert s.build([with_result(other, preset="best")])["seeds"][0]["preset"] == "best"
 
 
 def test_another_program_is_refused(tmp_path):
@@ -169,6 +272,76 @@ def test_comparison_by_hand(tmp_path):
     path.write_text(path.read_text().replace("val_bpb:1.07 ", "val_bpb:1.08 "))
     with pytest.raises(s.UserError, match="another validation set or tokenizer"):
         s.compare(ours, theirs)
+
+
+# ---- baselines
+
+@pytest.fixture
+def pair(tmp_path):
+    """(our logs, a baseline's logs, its submission.json)."""
+    (tmp_path / "b").mkdir()
+    ours = write_logs(tmp_path, (1, 1.0600), (2, 1.0610))
+    theirs = write_logs(tmp_path / "b", (1, 1.0700), (2, 1.0690), lr="0.02")
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(s.build(theirs)))
+    return ours, theirs, path
+
+
+def test_the_order_of_arguments(pair, tmp_path, monkeypatch, capsys):
+    """--baseline takes no log that is ours, wherever it stands."""
+    (a, b), theirs, base = pair
+    out = ("--out", tmp_path / "out.json")
+    for words in (("--baseline", base, a, b), (a, b, "--baseline", base),
+                  (a, "--baseline", base, b), ("--baseline", base, "--draft", a, b)):
+        code, text, err = command(monkeypatch, capsys, *out, *words)
+        assert code == 0 and "(n = 2, 2)" in text, err
+    assert "(n = 1, 1)" in command(monkeypatch, capsys, *out, "--baseline", theirs[0], b)[1]
+    assert "(n = 1, 2)" in command(monkeypatch, capsys, *out, b, "--baseline", *theirs)[1]
+
+
+@pytest.mark.parametrize("told", [
+    "", "[]", "3", "{}", '{"seed_results": {}}', '{"seed_results": {"42": {"val_loss": NaN}}}',
+    '{"seed_results": {"42": {"val_loss": 0, "val_bpb": 0}}}', '{"seed_results": {"42": 1.06}}',
+    '{"seeds": [{"seed": 1, "val_loss": "x", "val_bpb": []}]}', '{"val_bpb": 1.06}'])
+def test_a_baseline_without_figures_is_one_line(told, tmp_path, pair, monkeypatch, capsys):
+    path = tmp_path / "empty.json"
+    path.write_text(told)
+    for words in ((*pair[0], "--baseline", path), ("--baseline", path, *pair[0])):
+        code, out, err = command(monkeypatch, capsys, "--draft", *words)
+        assert (code, out) == (2, "") and err.startswith(f"error: {path}: ")
+        assert err.count("\n") == 1
+
+
+def test_a_baseline_of_the_same_runs_is_refused(pair, tmp_path, monkeypatch, capsys):
+    ours, theirs, base = pair
+    for words in (("--baseline", base, *theirs), ("--baseline", theirs[1], *theirs)):
+        code, _, err = command(monkeypatch, capsys, *words)
+        assert code == 2 and "is also among the logs; a baseline is of other runs" in err
+
+
+def test_the_stages_that_both_have_are_compared(pair):
+    """PREQUANT_ONLY=1 ends after the first stage."""
+    ours, theirs, _ = pair
+    for path in theirs:
+        text = path.read_text().replace("val_loss:2.32863 val_bpb:1.0640",
+                                        "val_loss:2.33300 val_bpb:1.0660")
+        path.write_text(text[:text.index("Code size")])
+    got = s.compare(ours, theirs)
+    assert got["stage"] == "prequant_val" and list(got["stages"]) == ["prequant_val"]
+    assert math.isclose(got["bpb"], 0.002, abs_tol=1e-9) and got["welch_p"] is None
+    assert "gain over the baseline (before quantisation): +0.00437 nats" in s.verdict(got)
+
+
+def test_the_settings_that_differ_are_named(pair):
+    ours, theirs, base = pair
+    for path in theirs:
+        path.write_text(path.read_text().replace("model_dim: 512", "model_dim: 384"))
+    got = s.compare(ours, theirs)
+    assert got["settings_differ"] == {"MODEL_DIM": ["512", "384"]}
+    assert "settings that differ: MODEL_DIM 512 (baseline 384)" in s.verdict(got)
+    assert s.compare(ours, [base])["settings_differ"] == {"MATRIX_LR": ["0.03", "0.02"]}
+    base.write_text(json.dumps({"seed_results": json.loads(base.read_text())["seeds"]}))
+    assert "not compared: settings" in s.verdict(s.compare(ours, [base]))
 
 
 # Figures of #1855's submission.json; its logs' lines, in their form.

@@ -133,9 +133,9 @@ class Recorder(t.Meter):
         super().__init__(runtime())
         self.calls = []
 
-    def add(self, losses, sizes, mask):
+    def add(self, losses, sizes, mask, place=None):
         self.calls.append((losses.detach().clone(), sizes.clone(), mask.clone()))
-        super().add(losses, sizes, mask)
+        super().add(losses, sizes, mask, place)
 
 
 def said(log: Path) -> str:
