@@ -327,6 +327,22 @@ class Lifeline(threading.Thread):
             self.store.add("over", 1)
 
 
+def await_store(address: str, port: str, listens: bool, seconds: float) -> None:
+    """Until the store of the ranks answers at (address, port); OSError where the name is unknown or
+    nobody answers in time. listens: this process will be the host. PyTorch's own client would go on
+    for minutes and print its stack."""
+    socket.getaddrinfo(address, port)
+    end = time.monotonic() + seconds
+    while not listens:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def alive(pid: int) -> bool:
     """Whether a process of this host runs; one that has ended and awaits its parent does not."""
     try:

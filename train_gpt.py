@@ -33,7 +33,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -610,8 +609,10 @@ def start_runtime(environ: Mapping[str, str]) -> Runtime:
     if world > 1:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            socket.gethostbyname(environ["MASTER_ADDR"])  # the store would try for minutes
+            if helper := extra("reliability", needed=False):
+                helper.await_store(environ["MASTER_ADDR"], environ["MASTER_PORT"], hosts, 100)
             store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=100)))
         except (RuntimeError, OSError):
             raise UserError(f"rank {rank}: no other rank at MASTER_ADDR; {LAUNCH}") from None
@@ -4390,7 +4391,7 @@ def log_header(cfg: Config, rt: Runtime, backend: str, preset: str, base: Config
     rt.log(f"program: {Path(__file__).name} sha256:{PROGRAM_DIGEST}")
     source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
     rt.log(f"source: {base64.b85encode(source).decode()}", console=False)
-    rt.log(f"preset: {preset}")
+    rt.log(f"preset: {preset}{' (defaults = best)' * (preset == 'none')}")
     values = "".join(f"\n  {f.name}: {getattr(cfg, f.name)}" for f in fields(cfg))
     rt.log(f"Hyperparameters:{values}\nnot the default: {json.dumps(changed(cfg))}", console=False)
     rt.log(f"not the preset: {json.dumps(changed(cfg, base))}")
@@ -4521,7 +4522,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     identity = check_data(cfg)
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
     base = Config.from_env({"PRESET": environ.get("PRESET", "")}, root, own, check=False)
-    named = environ.get("PRESET") or own.get("PRESET") or "none (defaults = best)"
+    named = environ.get("PRESET") or own.get("PRESET") or "none"
     log_header(cfg, rt, attention.reason, Path(named).name.removesuffix(".env"), base)
     rt.log(identity)
     rt.record["data"] = identity

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import reliability
 import train_gpt as t
 from tests.tools import ROOT, TINY, launch
 
@@ -58,6 +59,12 @@ def test_ranks_that_never_come_are_one_line(monkeypatch):
     with pytest.raises(t.UserError, match="rank 0: no other rank at MASTER_ADDR; start with"):
         t.start_runtime(ALL)
     assert waits == [100]
+    wait = reliability.await_store  # rank 1, and torchrun's ranks, do not host the store
+    monkeypatch.setattr(reliability, "await_store", lambda *given: wait(*given[:3], 0.3))
+    for other in ({"RANK": "1"}, {"TORCHELASTIC_USE_AGENT_STORE": "True"}):
+        with pytest.raises(t.UserError, match="no other rank at MASTER_ADDR; start with"):
+            t.start_runtime({**ALL, **other})
+    assert waits == [100]  # refused before PyTorch's own client is asked
 
 
 @pytest.mark.parametrize("rank", [0, 1])
