@@ -118,7 +118,7 @@ def test_audit_of_a_folder_counts_its_checks(folder, main, monkeypatch):
     """Settings from the folder; the last line counts, the budget included."""
     seen = []
 
-    def findings(bench, val, out):
+    def findings(bench, val, out, rt):
         seen.append(bench.cfg)
         out("legality: causality (plain): holds 0.1s")
         return []
@@ -137,7 +137,7 @@ def test_audit_of_a_folder_counts_its_checks(folder, main, monkeypatch):
 
 def test_audit_says_which_check_did_not_hold(folder, main, monkeypatch):
     """A budget that the log says was spent; sizes that are not the log's."""
-    monkeypatch.setattr(legality, "findings", lambda bench, val, out: [])
+    monkeypatch.setattr(legality, "findings", lambda *_: [])
     log = folder / "log.txt"
     log.write_text(re.sub(r'"training": {"steps": 2, "seconds": [\d.]+}',
                           '"training": {"steps": 2, "seconds": 700.0}', log.read_text()))
