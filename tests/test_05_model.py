@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import busy_model, cosine_start, documents, losses_of, row_of, tiny
+from tests.tools import busy_model, cosine_start, dense_segments, documents, losses_of, row_of, tiny
 
 EPS = float(torch.finfo(torch.float32).eps)
 IDS = documents([9, 14, 1, 22], seed=5)  # four documents in one row
@@ -313,7 +313,7 @@ def test_segments_cut_attention_but_not_smearing():
 def test_at_scores_the_chosen_positions_only():
     model = busy_model(tiny())
     ids = torch.from_numpy(documents([20, 20])).view(2, 21)
-    segments = t.Segments.batch(2, 20, ids.device)
+    segments = dense_segments(2, 20, ids.device)
     full = model(ids[:, :-1], ids[:, 1:], segments, True)
     at = torch.tensor([[3, 0, 19, 7], [19, 18, 2, 2]])
     some = model(ids[:, :-1], ids[:, 1:].gather(1, at), segments, True, at=at)
@@ -385,7 +385,7 @@ def test_adapters_are_the_definition():
     given = {key: B.clone() for key, B in lora.B.items()}
     for key, B in lora.B.items():  # the model takes the channels of q and k in another order
         B.copy_(t.paired(B, cfg) if key[0] in "qk" else B)
-    segments = t.Segments.batch(2, 15, torch.device("cpu"))
+    segments = dense_segments(2, 15, torch.device("cpu"))
     x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
     losses = model(x, y, segments, True, lora)
     for b in range(2):
@@ -400,7 +400,7 @@ def test_adapters_are_the_definition():
 def test_a_fresh_adapter_changes_nothing_and_every_one_counts():
     cfg = tiny()
     model, ids = busy_model(cfg), torch.from_numpy(IDS)[None, :20]
-    segments = t.Segments.batch(1, 19, ids.device)
+    segments = dense_segments(1, 19, ids.device)
     plain = model(ids[:, :-1], ids[:, 1:], segments, True)
     lora = t.Lora(cfg, 1, ids.device, t.uniform_start(torch.Generator().manual_seed(0)))
     assert torch.equal(model(ids[:, :-1], ids[:, 1:], segments, True, lora), plain)
@@ -416,7 +416,7 @@ def test_a_fresh_adapter_changes_nothing_and_every_one_counts():
 def test_adapters_of_a_batch_are_apart():
     cfg = tiny()
     model, ids = busy_model(cfg), torch.from_numpy(documents([12, 12])).view(2, 13)
-    lora, segments = filled_lora(cfg, 2), t.Segments.batch(2, 12, ids.device)
+    lora, segments = filled_lora(cfg, 2), dense_segments(2, 12, ids.device)
     first = model(ids[:, :-1], ids[:, 1:], segments, True, lora)
     for side in (*lora.A.values(), *lora.B.values()):
         side.data[1] += 0.5

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -209,19 +210,19 @@ def test_asymmetric_scales_are_those_of_the_format():
 def test_hessians_are_sums_over_every_pass(tmp_path):
     cfg = tiny()
     model, seen = busy_model(cfg), {}
-    hessians = t.Hessians()
+    hessians = {}
     rows = [row_of(documents([30, 33], seed=s)) for s in (1, 2)]
 
     def both(name, x):
         seen.setdefault(name, []).append(x.flatten(0, 1).double())
-        hessians.observe(name, x)
+        t.add_hessian(hessians, name, x)
 
     for row in rows:
         model.hidden(row.ids, row.segments, True, observe=both)
     assert len(seen["attn.1"]) == 4 and len(seen["attn.0"]) == 2
     for name, inputs in seen.items():
         X = torch.cat(inputs)
-        torch.testing.assert_close(hessians.sums[name].double(), X.T @ X, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hessians[name].double(), X.T @ X, rtol=1e-4, atol=1e-4)
 
     class Rows:
         def step(self, step):
@@ -229,7 +230,7 @@ def test_hessians_are_sums_over_every_pass(tmp_path):
             return rows
 
     mean = t.calibrate(model, Rows(), 5, runtime())  # two batches of the same two rows
-    for name, H in hessians.sums.items():
+    for name, H in hessians.items():
         torch.testing.assert_close(mean[name], H, rtol=1e-4, atol=1e-4)
 
 
@@ -267,11 +268,11 @@ def test_a_run_with_too_little_damping_ends_well(program, quantiser):
 
 def quantised(cfg, seed=0):
     model = busy_model(cfg, seed)
-    hessians = t.Hessians()
+    hessians = {}
     row = row_of(documents([60, 60], seed=4))
     with torch.no_grad():
-        model.hidden(row.ids, row.segments, True, observe=hessians.observe)
-    return model, t.quantise(model.state_dict(), hessians.sums, cfg)
+        model.hidden(row.ids, row.segments, True, observe=partial(t.add_hessian, hessians))
+    return model, t.quantise(model.state_dict(), hessians, cfg)
 
 
 @pytest.mark.parametrize("changes", [
@@ -318,11 +319,11 @@ def test_the_columns_that_matter_most_are_protected():
     """The groups by a loop over all matrices' own inputs, in the units of one token."""
     cfg = tiny(awq_lite_enabled=True, awq_lite_group_size=8, awq_lite_group_top_k=5,
                train_batch_tokens=120, lqer_enabled=False)
-    model, inputs, hessians = busy_model(cfg), {}, t.Hessians()
+    model, inputs, hessians = busy_model(cfg), {}, {}
 
     def observe(name, x):
         inputs.setdefault(name, []).append(x.flatten(0, -2))
-        hessians.observe(name, x)
+        t.add_hessian(hessians, name, x)
 
     row = row_of(documents([58, 60], seed=4))  # 120 ids: a batch
     with torch.no_grad():
@@ -336,11 +337,11 @@ def test_the_columns_that_matter_most_are_protected():
                 x[:, c].square().mean().sqrt().item() * W[:, c].abs().mean().item()
                 for c in range(start, start + 8))
     best = sorted(scores, key=scores.get)[-5:]
-    tensors = t.quantise(model.state_dict(), hessians.sums, cfg)
+    tensors = t.quantise(model.state_dict(), hessians, cfg)
     got = [(name.removesuffix(".awq_start"), start) for name in tensors
            if name.endswith(".awq_start") for start in tensors[name].tolist()]
     assert sorted(got) == sorted(best)
-    plain = t.dequantise(t.quantise(model.state_dict(), hessians.sums,
+    plain = t.dequantise(t.quantise(model.state_dict(), hessians,
                                     tiny(lqer_enabled=False)), model)
     state = t.dequantise(tensors, model)
     for m in t.matrices(cfg):
