@@ -1408,6 +1408,10 @@ class Segments:
     cu: Tensor
     max_len: int
 
+    @classmethod
+    def batch(cls, B: int, T: int, device: torch.device) -> "Segments":
+        return cls(torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device), T)
+
     @functools.cached_property
     def runs(self) -> list[tuple[int, int]]:
         """(count, length) for each run of neighbours of equal length; read from the device once."""
@@ -1416,12 +1420,10 @@ class Segments:
 
 
 class Past:
-    """Keys and values of the earlier chunks of B documents that are read in step, C tokens at once.
-
-    kv [pass, 2, B, K, ring, D] holds the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they were when
-    they ran: no gradient enters them. Keys are rotated by their position in the document; products
-    see differences only, so the context slides along a document of any length, and in the ring the
-    order does not matter. After `seek` one forward runs the next chunk and stores what it adds."""
+    """Keys and values of the earlier chunks of B documents read in step, C tokens at once: kv [pass,
+    2, B, K, ring, D], the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they ran, without gradient. Keys
+    are rotated by their position in the document; products see differences only, so the context
+    slides, in any order. After `seek` one forward runs the next chunk and stores what it adds."""
 
     def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
         self.cfg, self.C = cfg, cfg.ttt_chunk_size
@@ -1464,10 +1466,9 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """PyTorch's dense attention, one call for each run of equal lengths; nothing is padded.
-
-    A compiled graph cannot read lengths: there each segment is read out to max_len, on into the
-    next ones, which causal order keeps out of its results ([S, max_len] tokens of memory)."""
+    """PyTorch's dense attention, one call for each run of equal lengths. A compiled graph cannot
+    read lengths: there each segment is read out to max_len, on into the next ones, which causal
+    order keeps out of its results ([S, max_len] tokens of memory)."""
     def dense(q, k, v, S, L):
         q, k, v = (x.unflatten(0, (S, L)).transpose(1, 2) for x in (q, k, v))  # [S, heads, L, D]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -1499,10 +1500,10 @@ class Attention(NamedTuple):
     function: Callable
 
 
-# Fastest first: name: (least compute capability, module, backend or its name there, how to get it)
+# Fastest first: name: (least compute capability, module, backend if not made there, how to get it)
 ATTENTION = {
     "fa4": (9, FA4, attend_fa4, "pip install flash-attn-4==4.0.0b36"),
-    "varlen": (8, "torch.nn.attention.varlen", "varlen_attn", "pip install 'torch>=2.10'"),
+    "varlen": (8, "torch.nn.attention.varlen", None, "pip install 'torch>=2.10'"),
     "sdpa": (0, "torch", attend_sdpa, ""), "ref": (0, "torch", attend_ref, "")}
 
 
@@ -1515,8 +1516,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, wanted: str = "au
             if lowest and not (flash and torch.cuda.get_device_capability(device)[0] >= lowest):
                 raise ImportError(f"needs CUDA from sm{lowest}0 and bfloat16")
             found = importlib.import_module(module)
-            if isinstance(function, str):
-                function = attend_packed(getattr(found, function))
+            function = function or attend_packed(found.varlen_attn)
             return Attention(name, "; ".join([*rejected, f"using {name}"]), function)
         except Exception as error:  # a half-installed package may raise anything
             rejected.append(f"{name}: " + str(error).partition("\n")[0])

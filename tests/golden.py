@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import train_gpt as t
-from tests.tools import dense_segments
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared/golden/model_tiny.npz"
 
@@ -94,7 +93,7 @@ def compare_lora(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comparison
                 name = "lm_head_lora" if role == "head" else f"{role}_loras.{slot}"
                 given = torch.from_numpy(file[f"lora/{name}.{side}"])
                 p.copy_(t.paired(given, cfg) if side == "B" and role in "qk" else given)
-        segments = dense_segments(batch, width - 1, ids.device)
+        segments = t.Segments.batch(batch, width - 1, ids.device)
         losses = model(ids[:, :-1], ids[:, 1:], segments, True, lora)
     want = torch.from_numpy(file["ttt/loss"])
     error = ((losses - want).abs() / want.clamp_min(1.0)).max().item()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_gpt
+from tests.tools import busy_model, documents, row_of, tiny
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = train_gpt.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -299,7 +300,7 @@ def has_fa4():
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, K, D, rows", [(4, 2, 8, (1, 61)), (4, 4, 16, (3, 9)),
-                                           (8, 4, 64, (1, 130))])
+                                           (8, 4, 64, (1, 130 if ON_GPU else 21))])
 @pytest.mark.parametrize("xsa, window", [(True, 12), (True, 0), (False, 5), (False, 0),
                                          ("gated", 12), ("gated", 0)])
 def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
@@ -336,3 +337,39 @@ def test_heads_that_do_not_fit_take_the_twin(monkeypatch):
     attend = train_gpt.attend_fa4
     y = train_gpt.heads(x, x[..., 0, :0], gain, None, rope, attend, segments, True, 1.0)
     assert y.shape == (1, 4, 24)
+
+
+@kernels
+def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
+    """No twin is called, and the gradient of every parameter errs like that of plain PyTorch."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    size = {} if INTERPRETED else dict(model_dim=256, rope_dims=16)
+    cfg = tiny(**size, num_layers=3, xsa_last_n=2, parallel_start_layer=2, loop_end=1,
+               gated_xsa=True, asym_logit_rescale=True, logit_softcap=3.0)
+    row = row_of(documents([7, 12]))
+    ids, targets, cu = (x.to(DEVICE) for x in (row.ids, row.targets, row.segments.cu))
+    segments = train_gpt.Segments(cu, row.segments.max_len)
+
+    def run(kind, attend):
+        model = busy_model(cfg, attend=attend).to(DEVICE)
+        model.dtype = kind
+        model = model.double() if kind == torch.float64 else model
+        loss = model(ids, targets, segments, True)
+        grads = torch.autograd.grad(loss.mean(), [*model.parameters()])
+        names = [name for name, _ in model.named_parameters()]
+        return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "fused", lambda x: False)
+        truth, native = run(torch.float64, train_gpt.attend_ref), run(dtype, train_gpt.attend_ref)
+    if not has_fa4():
+        monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
+        monkeypatch.setattr(train_gpt, "fa4_backward", plain_attention_back)
+    for twin in ("heads_ref", "softcap_cross_entropy_ref", "leaky_mlp_ref", "mix_norm_ref"):
+        monkeypatch.setattr(train_gpt, twin, None)
+    ours = run(dtype, train_gpt.attend_fa4)
+    assert ours["softcap_pos"].any() and ours["blocks.2.attn.xsa_alpha"].any()
+    errors = torch.tensor([[(x[name].double() - t).norm() / (t.norm() + 1e-12)
+                            for name, t in truth.items()] for x in (ours, native)])
+    assert (errors[0] <= 3 * errors[1] + 1e-6).all(), dict(zip(truth, errors.T.tolist()))
+    assert errors[0].norm() <= 2 * errors[1].norm() + 1e-6

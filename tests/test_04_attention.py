@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import train_gpt
-from tests.tools import dense_segments
 from train_gpt import FA4, Segments, attend_packed, attend_ref, attend_sdpa, choose_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,7 +145,7 @@ def test_one_graph_for_every_number_of_segments(name):
 def test_segments_may_enter_a_graph_as_they_are(name):
     attend = backend(name)
     compiled = torch.compile(lambda *a: attend(*a), fullgraph=True, backend=BACKEND)
-    for segments in (make([30, 50, 16]), dense_segments(2, 48, DEVICE)):
+    for segments in (make([30, 50, 16]), Segments.batch(2, 48, DEVICE)):
         assert_native(compiled, segments, D=64)
 
 
@@ -159,14 +158,14 @@ def test_sdpa_in_either_number_type(dtype):
 
 def test_runs_join_neighbours_of_equal_length():
     assert make([4, 4, 7, 4, 1, 1, 1], padding=3).runs == [(2, 4), (1, 7), (1, 4), (3, 1)]
-    assert dense_segments(3, 5, DEVICE).runs == [(3, 5)]
+    assert Segments.batch(3, 5, DEVICE).runs == [(3, 5)]
 
 
 def test_a_batch_is_one_dense_call_that_reads_no_lengths(monkeypatch):
     calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(train_gpt.F, "scaled_dot_product_attention",
                         lambda *a, **k: calls.append(a[0].shape) or sdpa(*a, **k))
-    segments = dense_segments(3, 5, DEVICE)
+    segments = Segments.batch(3, 5, DEVICE)
     attend_sdpa(*tensors(15, 4, 2, 8, DTYPE)[:3], segments)
     assert calls == [(3, 4, 5, 8)] and "runs" not in vars(segments)
 
@@ -244,3 +243,29 @@ def test_broken_packages_are_passed_over_with_their_reason(monkeypatch):
     assert "fa4: " in chosen.reason and "has no attribute 'varlen_attn'" in chosen.reason
     with pytest.raises(train_gpt.UserError, match="pip install flash-attn-4"):
         choose_attention(torch.device("cuda"), torch.bfloat16, "fa4")
+
+
+# ---- one choice for all ranks
+
+def ranks(monkeypatch, *chosen):
+    """A runtime whose collective answers with these (name, reason)."""
+    def gather(found, own):
+        assert own == chosen[0]
+        found[:] = chosen
+
+    monkeypatch.setattr(train_gpt.dist, "all_gather_object", gather)
+    return train_gpt.Runtime(0, len(chosen), DEVICE)
+
+
+def test_ranks_agree_or_all_refuse(monkeypatch):
+    mine = train_gpt.Attention("fa4", "using fa4", attend_ref)
+    rt = ranks(monkeypatch, ("fa4", "using fa4"), ("fa4", "using fa4"))
+    assert train_gpt.agree_on(mine, rt).reason == "using fa4 on every rank"
+    assert train_gpt.agree_on(mine, train_gpt.Runtime(0, 1, DEVICE)).function is attend_ref
+    why = "fa4: No module named 'flash_attn'; using varlen"
+    rt = ranks(monkeypatch, ("fa4", "using fa4"), ("fa4", "using fa4"), ("varlen", why))
+    with pytest.raises(train_gpt.UserError) as caught:
+        train_gpt.agree_on(mine, rt)
+    text = str(caught.value)
+    assert "rank 0 takes fa4, rank 2 varlen" in text and why in text and "ATTENTION=sdpa" in text
+    assert "\n" not in text

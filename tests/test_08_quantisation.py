@@ -705,3 +705,60 @@ def test_trellis_state_dict_round_trip(changes):
             t.dequantise({**fitted[-1], "trellis": torch.tensor(states, dtype=torch.int16)}, model)
     with pytest.raises(t.UserError, match="trellis"):
         t.dequantise({n: x for n, x in fitted[-1].items() if n != "trellis"}, model)
+
+# ---- the same weights on every machine
+
+def test_octaves_are_correctly_rounded():
+    """Bit for bit what exact arithmetic gives, for every int8."""
+    bits = [0x3F800000, 0x3F8B95C2, 0x3F9837F0, 0x3FA5FED7, 0x3FB504F3, 0x3FC5672A, 0x3FD744FD,
+            0x3FEAC0C7]  # of 2^(i/8)
+    c = torch.arange(-128, 128).to(torch.int8)
+    want = [bits[i & 7] + ((i >> 3) << 23) for i in range(-128, 128)]
+    assert t.octaves(c).view(torch.int32).tolist() == want
+
+
+def test_trellis_and_low_rank_weights_are_elementwise_products(monkeypatch):
+    """Decoding asks no library for a sum, an exponential or a product of matrices."""
+    m, c = torch.randint(-9, 9, (40, 24), dtype=torch.int8), torch.arange(-12, 12).to(torch.int8)
+    s = torch.rand(40).half()
+    k = torch.from_numpy(t.trellis_walk(m.numpy(), t.trellis_bits(8)))
+    want = k.numpy() * s.float().numpy()[:, None] * np.exp2(c.numpy() / 8).astype(np.float32)
+    assert np.array_equal(t.decode_trellis(m, s, c, 8).numpy(), want)
+    piece = t.encode_lqer(torch.randn(40, 24), tiny(lqer_rank=3))
+    A, B = (t.decode_group(piece[f"lqer_{x}"], piece[f"lqer_s{x}"]).numpy() for x in "ab")
+    want = A[:, :1] * B[0] + A[:, 1:2] * B[1] + A[:, 2:] * B[2]
+    for name in ("matmul", "mm", "addmm", "einsum", "exp2"):
+        monkeypatch.setattr(torch, name, None)
+    for name in ("__matmul__", "exp2", "exp"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    assert np.array_equal(t.decode_lqer(piece).numpy(), want)
+    assert t.decode_trellis(m, s, c, 8).isfinite().all()
+
+
+class Share:
+    """Rows of two steps as rank `rank` of `world` gets them: 8 a step, in order."""
+
+    def __init__(self, rank, world):
+        self.rows = [row_of(documents([9, 14], seed=s)) for s in range(16)]
+        self.rank, self.each = rank, 8 // world
+
+    def step(self, step):
+        first = 8 * step + self.rank * self.each
+        return self.rows[first : first + self.each]
+
+
+def test_sensitivities_are_the_same_in_any_world(monkeypatch):
+    """1, 2, 4 and 8 ranks, whose sums are added here by hand."""
+    model = busy_model(tiny(num_layers=3, xsa_last_n=3, parallel_start_layer=0, loop_end=1))
+    hessians, found = t.calibrate(model, Share(0, 1), 0, runtime(), batches=1), {}
+    for world in (1, 2, 4, 8):
+        parts = []
+        rt = runtime()
+        monkeypatch.setattr(rt, "sum_", lambda x, parts=parts: parts.append(x.clone()) or x)
+        for rank in range(world):
+            t.sensitivities(model, Share(rank, world), 0, hessians, rt)
+        monkeypatch.setattr(rt, "sum_", lambda x, parts=parts: sum(parts))
+        found[world] = t.sensitivities(model, Share(0, world), 0, hessians, rt)
+    for world in (2, 4, 8):
+        for name, x in found[1].items():
+            torch.testing.assert_close(found[world][name], x, rtol=1e-4, atol=0)

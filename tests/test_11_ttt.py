@@ -8,16 +8,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import (
-    Recorder,
-    busy_model,
-    cosine_start,
-    dense_segments,
-    losses_of,
-    runtime,
-    tiny,
-    val_set,
-)
+from tests.tools import Recorder, busy_model, cosine_start, losses_of, runtime, tiny, val_set
 
 CPU = torch.device("cpu")
 LENGTHS = [12, 40, 5, 1, 29, 8, 33, 16, 60, 23, 9, 41]  # targets: one more, the last one less
@@ -237,7 +228,7 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
         (window,) = list(t.plan_windows(batch, val, cfg, CPU))[chunk]
         trains = [[0, 1, 1], [0, 1]][chunk]
         assert window.trains.tolist() == trains
-        segments = dense_segments(*window.ids.shape, CPU)
+        segments = t.Segments.batch(*window.ids.shape, CPU)
         adapter.lora.rows = window.rows
         losses = model(window.ids, window.targets, segments, True, adapter.lora, window.at)
         loss = sum(losses[b].mean() for b in range(len(trains)) if trains[b])

@@ -114,11 +114,6 @@ def row_of(ids, longest=10**6) -> t.Row:
     return t.make_row(ids[:-1], ids[1:], longest, torch.device("cpu"))
 
 
-def dense_segments(B: int, T: int, device: torch.device) -> t.Segments:
-    """B segments of T tokens."""
-    return t.Segments(torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device), T)
-
-
 def losses_of(model, ids, looped=True, longest=10**6) -> torch.Tensor:
     """Losses [T] of the targets of one packed row."""
     row = row_of(ids, longest)
