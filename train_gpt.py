@@ -1420,7 +1420,7 @@ class Segments:
 
 
 class Past:
-    """Keys and values of the earlier chunks of B documents read in step, C tokens at once: kv [pass,
+    """Keys and values of earlier chunks of B documents read in step, C tokens at once: kv [pass,
     2, B, K, ring, D], the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they ran, without gradient. Keys
     are rotated by their position in the document; products see differences only, so the context
     slides, in any order. After `seek` one forward runs the next chunk and stores what it adds."""
@@ -1500,7 +1500,7 @@ class Attention(NamedTuple):
     function: Callable
 
 
-# Fastest first: name: (least compute capability, module, backend if not made there, how to get it)
+# Fastest first: name: (least compute capability, module, backend if known, how to get it)
 ATTENTION = {
     "fa4": (9, FA4, attend_fa4, "pip install flash-attn-4==4.0.0b36"),
     "varlen": (8, "torch.nn.attention.varlen", None, "pip install 'torch>=2.10'"),

@@ -67,6 +67,8 @@ for ((slot = 0; slot < jobs; slot++)); do echo "$slot" >&3; done
 while read -r preset compressor caseops; do
   if [ "$caseops" = 0 ] && [ -z "${DATA_PATH_SP1024:-}" ]; then
     echo "== $preset: left out, it needs plain-text SP1024 shards: set DATA_PATH_SP1024" >&2
+    mkdir -p "$out/$preset"
+    echo skipped > "$out/$preset/status"
     continue
   fi
   read -r slot <&3

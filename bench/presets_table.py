@@ -65,7 +65,8 @@ def row(folder: Path) -> str:
     whole = TARGETS / (8 * rate) if rate else None
     slow = "; ".join(re.findall(r"^slow path: (.*)$", text, re.MULTILINE)) or "no"
     size = figures.get("bytes_total")
-    notes = {"0": "ok", "124": "failed: LIMIT_EACH is over", "running": "under way"}.get(
+    notes = {"0": "ok", "124": "failed: LIMIT_EACH is over", "running": "under way",
+             "skipped": "left out: no DATA_PATH_SP1024"}.get(
         code, f"failed ({code}): {last_words(folder)}")
     if size and size > submission.LIMIT_BYTES:
         notes += f"; over {submission.LIMIT_BYTES:,} bytes"
