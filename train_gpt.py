@@ -83,13 +83,9 @@ def setting(default: Any, text: str, lo: float | None = None, hi: float | None =
     return field(default=default, metadata={"help": text, "lo": lo, "hi": hi, "choices": choices})
 
 
-ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
-
-
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once; its environment variable is the name in capitals. The defaults are
-    presets/best.env; presets/pr1855.env has the record's settings."""
+    """Every setting, once; its environment variable is its name in capitals. Defaults: best.env."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -99,7 +95,7 @@ class Config:
     data_path: str = setting("", "folder with the shards; default: the CaseOps set under DATA_DIR")
     tokenizer_path: str = setting("", "SentencePiece model; given: checked against the data")
     caseops_enabled: bool = setting(True, "look for the CaseOps data set under DATA_DIR")
-    attention: str = setting("auto", "backend", choices=ATTENTION_CHOICES)
+    attention: str = setting("auto", "", choices=("auto", "fa4", "fa3", "varlen", "sdpa", "ref"))
     compile: bool = setting(True, "torch.compile on CUDA (the CPU always runs eagerly)")
     ttt_eval_only: bool = setting(False, "load the artifact and only score it")
     prequant_only: bool = setting(False, "stop before quantisation")
@@ -113,9 +109,9 @@ class Config:
     val_batch_tokens: int = setting(524288, "tokens of 8 evaluation rows", 64)
     eval_seq_len: int = setting(3072, "longest attention segment in plain evaluation", 2)
     eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
-    train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,...: TRAIN_SEQ_LEN "
-                                      "up to that fraction; none where only that is given")
+    train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,... of fractions")
     seq_change_warmup_steps: int = setting(32, "steps of rising rate after a change of length", 0)
+    seq_change_warmup_frac: float = setting(0.00649, "the same, of all steps; 0: that count", 0, 1)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
     model_dim: int = setting(512, "d, width of the residual stream", 8)
@@ -147,9 +143,8 @@ class Config:
     iterations: int = setting(20000, "most steps", 1)
     force_stop_step: int = setting(0, "stop after this step, whatever the clock says; 0: off", 0)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(-1.0, "part of the budget that training leaves free for "
-                                          "calibration; -1: what that is measured to take", -1)
-    warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
+    gptq_reserve_seconds: float = setting(-1.0, "left for calibration; -1: as measured", -1)
+    warmup_steps: int = setting(3, "untimed steps of every shape on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
     matrix_lr: float = setting(0.028, "Muon's learning rate", 0)
@@ -158,6 +153,7 @@ class Config:
     muon_momentum: float = setting(0.97, "Muon's momentum after its warm-up", 0, 0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps of that linear warm-up", 0)
+    muon_momentum_warmup_frac: float = setting(0.3042, "the same, of training; 0: that count", 0, 1)
     muon_backend_steps: int = setting(5, "Polar-Express iterations", 1, 5)
     muon_row_normalize: bool = setting(True, "divide each row of Muon's update by its L2 norm")
     muon_wd: float = setting(0.095, "decoupled weight decay of the matrices", 0)
@@ -168,12 +164,12 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW's epsilon", 0)
     grad_clip_norm: float = setting(0.3, "global gradient norm; 0: no clipping", 0)
     ema_decay: float = setting(0.9965, "decay of the weight average that is quantised", 0, 0.999999)
+    ema_horizon_frac: float = setting(0.05794, "1/(1 - decay) over all steps; 0: EMA_DECAY", 0, 1)
     train_log_every: int = setting(500, "steps between training lines", 1)
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
-    # -- quantisation and artifact
-    quantiser: str = setting("tcq", "tcq: trellis-coded, steps fill ARTIFACT_BUDGET_BYTES; bits, "
-                             "clips and LQER are for uniform", choices=("uniform", "tcq"))
+    # -- quantisation and artifact: bits, clips, AWQ and LQER are of the uniform quantiser
+    quantiser: str = setting("tcq", "tcq fills the budget; or uniform", choices=("uniform", "tcq"))
     trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
     artifact_budget_bytes: int = setting(16_000_000, "program and artifact together", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
@@ -279,7 +275,8 @@ class Config:
             no_tilt = new.get("ngram_mixer") or new.get("ttt_enabled") is False
             yields = (("train_seq_schedule", "", other_length), ("ttt_stream", False, own_chunks),
                       ("ngram_tilt_enabled", False, no_tilt),
-                      ("quantiser", "uniform", new.get("awq_lite_enabled")))
+                      ("quantiser", "uniform", new.get("awq_lite_enabled")),
+                      *((COUNTS[n].lower(), 0.0, n.lower() in new) for n in COUNTS))
             cfg = replace(cfg, **{name: value for name, value, holds in yields if holds} | new)
         return cfg.checked()
 
@@ -388,12 +385,12 @@ class Config:
 
     def architecture(self) -> dict[str, Any]:
         """The settings that fix the function of given weights; an artifact carries them."""
-        names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads",
-                 "hidden_dim", "gate_window", "num_loops", "loop_start", "loop_end", "rope_base",
-                 "rope_dims", "xsa_last_n", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
+        names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim",
+                 "gate_window", "num_loops", "loop_start", "loop_end", "rope_base", "rope_dims",
+                 "xsa_last_n", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
                  "smear_gate_enabled", "skip_gates_enabled", "ln_scale", "logit_softcap",
-                 "asym_logit_rescale", "leaky_relu_slope", "gated_xsa",
-                 "parallel_start_layer", "parallel_final_lane")
+                 "asym_logit_rescale", "leaky_relu_slope", "gated_xsa", "parallel_start_layer",
+                 "parallel_final_lane")
         return {name: getattr(self, name) for name in names}
 
 
@@ -409,10 +406,12 @@ FIXED = {
     "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "TTT_EVAL_BATCHES": ("",), "TTT_GRAD_STEPS": ("1",),
     "TTT_OPTIMIZER": ("adam",), "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
     "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0")}
+# A setting in steps makes the one that says the same by the fraction of training give way.
+COUNTS = {"EMA_DECAY": "EMA_HORIZON_FRAC", **{f"{name}_WARMUP_STEPS": f"{name}_WARMUP_FRAC"
+                                              for name in ("SEQ_CHANGE", "MUON_MOMENTUM")}}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
-           "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
-           "TOKEN"}
+GENERIC = set("ALLOW ARTIFACT ATTENTION CHECKPOINT COMPILE DATA ENABLE FORCE GLOBAL ITERATIONS MAX "
+              "MIN MODEL NUM PARALLEL RUN SEED SKIP TOKEN".split())
 # The last three are of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
@@ -495,6 +494,7 @@ def read_preset(name: str, folder: Path, where: str = "PRESET",
             base = str(near) if near.is_file() and near.resolve() != above[0] else value
             found = read_preset(base, folder, f"{path}:{number}: PRESET", above)
         elif sep:
+            found.pop(COUNTS.get(key), None)
             found[key] = value, f"{path}:{number}: {key}"
     return found
 
@@ -607,14 +607,22 @@ class Recorder:
     """Runs functions of tensors as CUDA graphs, so that no kernel waits for the host.
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
-    replayed from then on, whatever `work` is by then. A result is overwritten by the next call."""
+    replayed from then on, whatever `work` is by then. A result is overwritten by the next call.
+    While it is `sealed` nothing more is recorded: other keys run at once, and are counted."""
 
     def __init__(self, record: bool):
-        self.record, self.graphs, self.pool = record, {}, None
+        self.record, self.sealed, self.graphs, self.pool = record, False, {}, None
+        self.unrecorded = 0  # calls that ran at once because it was sealed
+
+    def count(self) -> int:
+        """Graphs recorded so far, and those that torch.compile has made in this process."""
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.record else 0
+        return compiled + sum(map(bool, self.graphs.values()))
 
     def __call__(self, key: tuple, work: Callable, inputs: Sequence[Tensor]) -> Any:
         """work(*inputs); the key names all that `work` depends on besides, shapes included."""
-        if not self.record:
+        if not self.record or self.sealed and not self.graphs.get(key):
+            self.unrecorded += self.sealed
             return work(*inputs)
         if key not in self.graphs:
             self.graphs[key] = None
@@ -630,6 +638,15 @@ class Recorder:
         torch._foreach_copy_(still, inputs)
         graph.replay()
         return result
+
+
+def processors() -> int:
+    """Processors that this process may use: those of its affinity, within its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
@@ -2003,13 +2020,13 @@ class Optimisers:
               "weight_decay": getattr(cfg, decay) if decay else 0.0}
              for (lr, decay), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda")
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every moment."""
         self.momenta = [torch.zeros(share, *p.shape[1:], device=p.device)
                         for share, p in zip(self.shares, self.banks, strict=True)]
-        self.adamw.state.clear()
+
+    def reset(self) -> None:
+        """Forget every moment, in place: the next step waits for no memory."""
+        for moment in (*self.momenta, *(x for s in self.adamw.state.values() for x in s.values())):
+            moment.zero_()
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float) -> Tensor:
@@ -2191,9 +2208,11 @@ def segment_bounds(ids: np.ndarray, longest: int) -> np.ndarray:
 def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.device,
              documents: bool = True) -> Row:
     """A row on the device; without `documents` only its length cuts it. Bounds are padded with
-    empty segments to a multiple of 64, so that a compiled forward meets few shapes."""
+    empty segments to a size that the row's length and `longest` fix, so that all rows have the same
+    shapes: room for documents of 512 tokens in the mean, and their cuts; else a multiple of it."""
     bounds = segment_bounds(ids if documents else np.zeros_like(ids), longest)
-    bounds = np.pad(bounds, (0, -len(bounds) % 64), constant_values=len(ids))
+    room = len(ids) // 512 + len(ids) // longest + 64
+    bounds = np.pad(bounds, (0, -len(bounds) % room), constant_values=len(ids))
     parts = [torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, targets, bounds)]
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
@@ -2222,16 +2241,19 @@ class TrainRows:
         return [self.row(g) for g in range(first, first + self.rt.accumulation)]
 
 
-def prefetch(make: Callable[[int], Any], first: int, depth: int = 2) -> Iterator[Any]:
-    """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead."""
+def prefetch(make: Callable[[int], Any], first: int, depth: int = 4) -> Iterator[Any]:
+    """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead from now."""
     pool = ThreadPoolExecutor(1)
     ahead = [pool.submit(make, first + k) for k in range(depth)]
-    try:
-        for index in itertools.count(first + depth):
-            ahead.append(pool.submit(make, index))
-            yield ahead.pop(0).result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def results() -> Iterator[Any]:
+        try:
+            for index in itertools.count(first + depth):
+                ahead.append(pool.submit(make, index))
+                yield ahead.pop(0).result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return results()
 
 
 def data_folder(cfg: Config) -> Path:
@@ -2752,7 +2774,7 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
         return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
 
     out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         for part in pool.map(one, matrices(cfg)):
             out |= part
     return out
@@ -3208,7 +3230,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         # both ways are tried: for independent weights an order costs more than it saves
         if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
+    with ThreadPoolExecutor(processors()) as pool:  # the compressors let other threads run
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
@@ -3266,7 +3288,7 @@ def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pie
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
             require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(processors()) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
         raise UserError(f"{source}: {error}"[:400]) from error
@@ -4190,11 +4212,29 @@ def lr_factor(f: float, cfg: Config) -> float:
     return max((1 - f) / cfg.warmdown_frac, cfg.min_lr)
 
 
-def muon_momentum(step: int, cfg: Config) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START over MUON_MOMENTUM_WARMUP_STEPS."""
-    share = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
-    start = cfg.muon_momentum_warmup_start
-    return start + share * (cfg.muon_momentum - start)
+def steps_of(count: float, part: float, step: int, f: float) -> float:
+    """The steps that a setting means: its part of all, if `step` of them make the fraction f of
+    training (0 before the first), or the count where the part is 0."""
+    return part * step / max(f, 1e-9) if part else count
+
+
+def muon_momentum(step: int, f: float, cfg: Config) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START over MUON_MOMENTUM_WARMUP_FRAC or _STEPS."""
+    part, start = cfg.muon_momentum_warmup_frac, cfg.muon_momentum_warmup_start
+    share = f / part if part else step / max(1, cfg.muon_momentum_warmup_steps)
+    return start + min(1.0, share) * (cfg.muon_momentum - start)
+
+
+def average_decay(step: int, f: float, cfg: Config) -> float:
+    """Of the weight average: its horizon 1 / (1 - decay) is EMA_HORIZON_FRAC of all steps."""
+    horizon = steps_of(0, cfg.ema_horizon_frac, step, f)
+    return 1 - 1 / max(2, horizon) if cfg.ema_horizon_frac else cfg.ema_decay
+
+
+def rising(step: int, f: float, changed_at: float, cfg: Config) -> float:
+    """Linear to 1 over SEQ_CHANGE_WARMUP_FRAC or _STEPS from the last change of length on."""
+    steps = steps_of(cfg.seq_change_warmup_steps, cfg.seq_change_warmup_frac, step, f)
+    return min(1.0, (step + 1 - changed_at) / max(1, steps))
 
 
 def is_looped(f: float, cfg: Config) -> bool:
@@ -4283,7 +4323,7 @@ class SyntheticRows:
 
 def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
     """cfg with the seconds that calibration will take, measured on synthetic ids, in
-    GPTQ_RESERVE_SECONDS where that is below 0; 10% more than measured."""
+    GPTQ_RESERVE_SECONDS where that is below 0; 10% and half a second more than measured."""
     if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0 or cfg.prequant_only:
         return replace(cfg, gptq_reserve_seconds=max(0.0, cfg.gptq_reserve_seconds))
     rows, clock = SyntheticRows(cfg, rt), []
@@ -4296,7 +4336,7 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
         clock.append(rt.seconds())
     share = 1.1 * 8 / rt.world  # of the rows of a step
     seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
-    seconds = rt.sync_clock(seconds)
+    seconds = rt.sync_clock(seconds + 0.5)
     rt.log(f"calibration: {seconds:.1f}s of training reserved")
     require(seconds <= cfg.max_wallclock_seconds / 2, f"calibration needs {seconds:.0f}s of "
             f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
@@ -4304,17 +4344,24 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
 
 
 def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> None:
-    """Compile and warm every shape on synthetic ids, then put weights and moments back."""
+    """Run every shape of training on synthetic ids: met, recorded and replayed. Then weights and
+    moments are put back, and nothing more is recorded: rows of other shapes run as they come."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
     started, state = rt.seconds(), {k: v.clone() for k, v in model.state_dict().items()}
-    rows = SyntheticRows(cfg, rt)
+    rows, ema = SyntheticRows(cfg, rt), Ema(model, 0.5)
     for longest, looped in train_shapes(cfg):
         for step in range(cfg.warmup_steps):
             run_step(model, rows.step(step, longest) * rt.accumulation, looped, optimisers, 1.0,
                      cfg.muon_momentum)
+            ema.update()
+    rows = SyntheticRows(replace(cfg, train_batch_tokens=cfg.val_batch_tokens), rt)
+    with torch.no_grad():
+        for row in rows.step(0, cfg.eval_seq_len):
+            model(row.ids, row.targets, row.segments, True)
     model.load_state_dict(state)
     optimisers.reset()
+    optimisers.recorder.sealed = cfg.warmup_steps > 1
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
 
 
@@ -4346,36 +4393,75 @@ class Watch:
 
 def start_clock(cfg: Config) -> dict[str, float]:
     """What the loop below must know to go on, and a checkpoint keeps: before the first step."""
-    return {"step": 0, "seconds": 0.0, "changed_at": -cfg.seq_change_warmup_steps,
+    return {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
             "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
 
 
-def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
-    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
-    the seconds that calibration has left of the budget. A step's loss is checked during the next
-    one, without a pause."""
+def is_last(step: int, marks: list[float], cfg: Config, rt: Runtime) -> bool:
+    """Whether training ends before this step. `marks`: seconds spent before each step so far; the
+    budget must hold what is queued on the device, and one step more."""
+    if step == cfg.iterations or not cfg.max_wallclock_seconds or cfg.force_stop_step:
+        return step in (cfg.iterations, cfg.force_stop_step or None)
+    pace = np.median(np.diff(marks[-6:])) if len(marks) > 1 else 0.0
+    ahead = pace * (2 if rt.device.type == "cuda" else 1)
+    return progress(step, marks[-1] + ahead, cfg) >= 1
+
+
+def log_clock(clock: dict[str, float], marks: list[float], changes: list[int], cfg: Config,
+              rt: Runtime) -> None:
+    """How training went: the times of steps at its start and around each change of stage."""
+    rt.log(f"training stopped: train_time: {1000 * clock['seconds']:.0f}ms "
+           f"step: {clock['step']}/{cfg.iterations}")
+    for step in changes:
+        begin = max(step - 1, changes[0])
+        times = 1000 * np.diff(marks[begin - changes[0]:][:6])
+        rt.log(f"step times from step {begin}: {' '.join(f'{x:.1f}' for x in times)} ms")
+    rt.log(f"data wait: {clock['waited']:.1f}s")
+
+
+def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
+    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps."""
     optimisers = Optimisers(model, cfg, rt)
     warm_up(model, optimisers, cfg, rt)
-    ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
+    ema, keeper, graphs = Ema(model, cfg.ema_decay), rt.keeper, optimisers.recorder.count()
     clock = start_clock(cfg) | (keeper.restore_training(model, optimisers, ema) if keeper else {})
-    first, spent, changed_at, rows.longest, reserved = clock.values()
-    cfg = replace(cfg, gptq_reserve_seconds=reserved)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection would hold a step up
+    run_steps(model, rows, val, replace(cfg, gptq_reserve_seconds=clock["reserve"]), rt,
+              optimisers, ema, clock)
+    gc.enable()
+    graphs = optimisers.recorder.count() - graphs
+    rt.log(f"graphs recorded in the clock: {graphs} (rows run without one: "
+           f"{optimisers.recorder.unrecorded})")
+    rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3),
+                             "data_wait_seconds": round(clock["waited"], 3), "graphs": graphs}
+    ema.swap_in()
+    if keeper:
+        keeper.mark("trained", model, clock["step"])
+    return clock["step"]
+
+
+def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime,
+              optimisers: Optimisers, ema: Ema, clock: dict[str, float]) -> None:
+    """The steps from clock["step"] on; leaves what was spent in the clock. A step's loss is checked
+    during the next one, without a pause."""
+    first, rows.longest, keeper = clock["step"], clock["longest"], rt.keeper
     batches = prefetch(rows.step, first)
     bar = progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
-    resumed, looped, result = rt.seconds(), False, None
+    looped, result, marks, changes = False, None, [], [first]
+    resumed = rt.seconds()
     for step in itertools.count(first):
-        seconds = rt.sync_clock(spent + time.perf_counter() - resumed)
+        seconds = rt.sync_clock(clock["seconds"] + time.perf_counter() - resumed)
+        marks.append(seconds)
         if keeper and keeper.due(seconds):
             if result is not None:
                 watch.check(result, step)
-            clock |= dict(step=step, seconds=seconds, changed_at=changed_at, longest=rows.longest)
-            keeper.save_training(model, optimisers, ema, clock)
-        f = progress(step, seconds, cfg)
-        timed = cfg.max_wallclock_seconds and not cfg.force_stop_step
-        last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and f >= 1
+            keeper.save_training(model, optimisers, ema, clock | {"step": step, "seconds": seconds})
+        f, last = progress(step, seconds, cfg), is_last(step, marks, cfg, rt)
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
-            spent += rt.seconds() - resumed
+            clock["seconds"] += rt.seconds() - resumed
             score = evaluate(model, val, cfg, rt)
             rt.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
             resumed = rt.seconds()
@@ -4383,16 +4469,22 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
             break
         if looped != is_looped(f, cfg):
             looped = not looped
+            changes.append(step)
             rt.log(f"layer_loop:{'on' if looped else 'off'} step:{step} frac:{f:.3f}")
         if rows.longest != stage_length(f, cfg):  # what is prefetched is cut for the last stage
             batches.close()
-            rows.longest, changed_at = stage_length(f, cfg), step
+            clock["longest"] = rows.longest = stage_length(f, cfg)
+            clock["changed_at"] = step
+            changes.append(step)
             batches = prefetch(rows.step, step)
             rt.log(f"growth_stage:seq_len:{rows.longest} progress:{f:.3f} step:{step}")
-        rise = min(1.0, (step + 1 - changed_at) / max(1, cfg.seq_change_warmup_steps))
-        before = result
-        result = run_step(model, next(batches), looped, optimisers, rise * lr_factor(f, cfg),
-                          muon_momentum(step, cfg))
+        before, asked = result, time.perf_counter()
+        batch = next(batches)
+        clock["waited"] += time.perf_counter() - asked
+        rise = rising(step, f, clock["changed_at"], cfg)
+        result = run_step(model, batch, looped, optimisers, rise * lr_factor(f, cfg),
+                          muon_momentum(step, f, cfg))
+        ema.decay = average_decay(step, f, cfg)
         ema.update()
         bar.update()
         if before is not None:
@@ -4401,19 +4493,15 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
             loss = rt.sum_(result[:1].clone()).item() / rt.world
             watch.check(result, step + 1)
             watch.keep(step + 1)
-            minutes = (spent + rt.seconds() - resumed) / 60
+            minutes = (clock["seconds"] + rt.seconds() - resumed) / 60
             rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {minutes:.1f}m "
                    f"tok/s: {(step + 1) * cfg.train_batch_tokens / (60 * minutes):.0f}")
+    clock["step"] = step
     batches.close()
     bar.close()
     if result is not None:
         watch.check(result, step)
-    rt.log(f"training stopped: train_time: {1000 * spent:.0f}ms step: {step}/{cfg.iterations}")
-    rt.record["training"] = {"steps": step, "seconds": round(spent, 3)}
-    ema.swap_in()
-    if keeper:
-        keeper.mark("trained", model, step)
-    return step, (cfg.max_wallclock_seconds or math.inf) - spent
+    log_clock(clock, marks, changes, cfg, rt)
 
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -4492,7 +4580,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
            f"val_bytes: {int(val.bytes[1:].sum())} data: {data_folder(cfg)}")
-    step, free = 0, math.inf
+    step = 0
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE)
     elif rt.keeper and rt.keeper.stage == "trained":
@@ -4500,7 +4588,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     else:
         timed = reserve(model, cfg, rt)
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
-            step, free = train(model, rows, val, timed, rt)
+            step = train(model, rows, val, timed, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
     timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)
@@ -4512,9 +4600,10 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
         noise = sensitivities(model, rows, step, hessians, rt)
     took = rt.record["calibration_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
-    if took > free:
-        rt.log(f"warning: training and calibration took {took - free:.1f}s more than "
-               f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
+    free = cfg.max_wallclock_seconds - rt.record.get("training", {}).get("seconds", -math.inf)
+    if cfg.max_wallclock_seconds and took > free:  # of the run before it was resumed, too
+        rt.log(f"warning: calibration took longer than reserved: {took:.2f}s, and {free:.2f}s were "
+               f"left of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
