@@ -2725,24 +2725,27 @@ def water_level(deviations: Sequence[float], units: Sequence[float], counts: Seq
 
 
 def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, level: float,
-                slack: int = 2048, tries: int = 10) -> bytes:
-    """The longest of the tried encode(level) that is at most `budget` bytes; ends within `slack`.
-
-    An octave of all steps is worth a bit a weight at first, then what the last two tries say (the
-    sizes are noisy: within a factor of 4). UserError if no try fits."""
-    best, last, slope = b"", None, weights / 8
-    for _ in range(tries):
+                slack: int = 2048, tries: int = 24) -> bytes:
+    """The longest of the tried encode(level) that is at most `budget` bytes, or the shortest if
+    none is. Ends within `slack`, in a closed bracket, or where three in turn are equally long.
+    Guesses go by the last two tries (at first a bit a weight for an octave; sizes are noisy: within
+    a factor of 4); one outside the bracket halves it, and so does every third."""
+    best, sizes, slope, fine, coarse = None, [], weights / 8, -math.inf, math.inf
+    for k in range(tries):
         blob = encode(level)
-        if len(best) < len(blob) <= budget:
-            best = blob
-        if budget - slack < len(best) or last and last[1] == len(blob) < budget:  # or no finer
+        best = max(best or blob, blob, key=lambda x: (len(x) <= budget, -abs(budget - len(x))))
+        fits, sizes = len(blob) <= budget, [*sizes, len(blob)]
+        fine, coarse = (fine, min(level, coarse)) if fits else (max(level, fine), coarse)
+        if coarse < math.inf and (budget - slack < len(best) or 0 < coarse - fine < 1e-4
+                                  or fits and sizes[-3:] == 3 * sizes[-1:]):
             break
-        if last and last[0] != level:
-            slope = (last[1] - len(blob)) / (level - last[0])
-            slope = min(max(slope, weights / 32), weights / 2)
-        last = level, len(blob)
-        level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
-    require(best, f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
+        if k and level != last:
+            slope = min(max((sizes[-2] - sizes[-1]) / (level - last), weights / 32), weights / 2)
+        least, last = 0.005 * 2**k if coarse == math.inf else -4, level  # till one fits: coarser
+        level += min(max((len(blob) - budget + slack / 2) / slope, least, -4), 4)
+        if math.isfinite(coarse - fine) and fine < coarse and (k % 3 == 2
+                                                               or not fine < level < coarse):
+            level = (fine + coarse) / 2
     return best
 
 
@@ -2790,9 +2793,8 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
     factors = {name: factorise(H, cfg.gptq_damp_factor) for name, H in hessians.items()}
     units = [trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item()
              for m in found]
-    weights = [matrix_of(state, m) for m in found]
-    counts = [W.numel() for W in weights]
-    spreads = [W.square().mean().sqrt().item() for W in weights]
+    counts, spreads = zip(*((W.numel(), W.square().mean().sqrt().item())
+                            for W in (matrix_of(state, m) for m in found)), strict=True)
 
     def attempt(level: float) -> bytes:
         blob = encode(quantise_trellis(state, factors, noise, level, cfg))
@@ -2802,7 +2804,7 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
     start = water_level(spreads, units, counts, 8 * budget)
     blob = fill_budget(attempt, budget, sum(counts), start)
     if budget - len(blob) > 2048:
-        log(f"trellis: {budget - len(blob)} bytes stay free: int8 symbols allow no finer steps")
+        log(f"trellis: {budget - len(blob)} bytes stay free: no finer steps were found that fit")
     return blob
 
 
@@ -4402,7 +4404,7 @@ def is_last(step: int, marks: list[float], cfg: Config, rt: Runtime) -> bool:
     budget must hold what is queued on the device, and one step more."""
     if step == cfg.iterations or not cfg.max_wallclock_seconds or cfg.force_stop_step:
         return step in (cfg.iterations, cfg.force_stop_step or None)
-    pace = np.median(np.diff(marks[-6:])) if len(marks) > 1 else 0.0
+    pace = float(np.median(np.diff(marks[-6:]))) if len(marks) > 1 else 0.0
     ahead = pace * (2 if rt.device.type == "cuda" else 1)
     return progress(step, marks[-1] + ahead, cfg) >= 1
 

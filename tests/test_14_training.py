@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,12 +186,12 @@ def test_the_wallclock_ends_training(program):
 
 @pytest.mark.parametrize("quantiser", ["uniform", "tcq"])
 def test_calibration_is_part_of_the_budget(program, quantiser):
-    code, out, _ = program(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=3, TTT_ENABLED=0,
+    code, out, _ = program(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=6, TTT_ENABLED=0,
                            GPTQ_RESERVE_SECONDS=-1, QUANTISER=quantiser, TRAIN_LOG_EVERY=1000)
     assert code == 0
     kept = float(re.search(r"calibration: (\S+)s of training reserved", out)[1])
     spent = int(re.search(r"training stopped: train_time: (\d+)ms", out)[1]) / 1000
-    assert 0.5 < kept < 1.5 and 1 < spent < 3.25 - kept  # kept is logged in tenths
+    assert 0.5 < kept < 3 and 5.2 - kept < spent < 6.3 - kept
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("cpu", 1), ("cuda", 2)])
@@ -256,7 +257,7 @@ def test_what_held_the_steps_up_is_logged(program):
 
 def test_rows_of_any_documents_have_one_shape():
     """Lengths as in FineWeb, and far from it: what was recorded serves them all."""
-    rng, shapes = __import__("numpy").random.default_rng(0), set()
+    rng, shapes = np.random.default_rng(0), set()
     for mean in (400, 957, 5000, 10**6):
         for longest in (1024, 3072):
             ids = rng.integers(2, 64, 98305)
