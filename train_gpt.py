@@ -410,8 +410,7 @@ FIXED = {
 COUNTS = {"EMA_DECAY": "EMA_HORIZON_FRAC", **{f"{name}_WARMUP_STEPS": f"{name}_WARMUP_FRAC"
                                               for name in ("SEQ_CHANGE", "MUON_MOMENTUM")}}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = set("ALLOW ARTIFACT ATTENTION CHECKPOINT COMPILE DATA ENABLE FORCE GLOBAL ITERATIONS MAX "
-              "MIN MODEL NUM PARALLEL RUN SEED SKIP TOKEN".split())
+GENERIC = set(["ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE", "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP", "TOKEN"])
 # The last three are of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
@@ -2730,7 +2729,7 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
     none is. Ends within `slack`, in a closed bracket, or where three in turn are equally long.
     Guesses go by the last two tries (at first a bit a weight for an octave; sizes are noisy: within
     a factor of 4); one outside the bracket halves it, and so does every third."""
-    best, sizes, slope, fine, coarse = None, [], weights / 8, -math.inf, math.inf
+    best, sizes, slope, last, fine, coarse = None, [], weights / 8, level, -math.inf, math.inf
     for k in range(tries):
         blob = encode(level)
         best = max(best or blob, blob, key=lambda x: (len(x) <= budget, -abs(budget - len(x))))
@@ -2739,7 +2738,7 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
         if coarse < math.inf and (budget - slack < len(best) or 0 < coarse - fine < 1e-4
                                   or fits and sizes[-3:] == 3 * sizes[-1:]):
             break
-        if k and level != last:
+        if level != last:
             slope = min(max((sizes[-2] - sizes[-1]) / (level - last), weights / 32), weights / 2)
         least, last = 0.005 * 2**k if coarse == math.inf else -4, level  # till one fits: coarser
         level += min(max((len(blob) - budget + slack / 2) / slope, least, -4), 4)

@@ -84,7 +84,7 @@ def main() -> None:
     rt = t.start_runtime(os.environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    rt.log(f"{rt.world} x {name}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+    rt.log(f"{rt.world} x {name}, {t.processors()} cores, Python {platform.python_version()}, "
            f"torch {torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)

@@ -467,3 +467,39 @@ def test_rows_side_by_side_are_the_same_rows():
         grads = (torch.autograd.grad(x.mean(), [*model.parameters()]) for x in (losses, alone))
         for ours, wanted in zip(*grads, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+def test_a_recorded_step_is_the_eager_step_over_several_keys_in_turn():
+    """Stages and loop change to and fro, so that graphs that share memory follow each other; after
+    the warm-up nothing is recorded, and a row of more documents than there is room for runs, too."""
+    rt = t.Runtime(0, 1, torch.device("cuda"))
+    cfg = tiny(model_dim=128, train_batch_tokens=8 * 512, train_seq_len=256, warmup_steps=3,
+               train_seq_schedule="64@0.5,256@1", seq_change_warmup_steps=0)
+    rng, ends, losses = np.random.default_rng(0), [], []
+    ids = [rng.integers(2, 64, 513) for _ in range(8)]
+    for x in ids:
+        x[rng.random(513) < 0.02] = t.BOS
+    turns = [(64, False), (64, True), (256, True), (64, False), (256, True), (256, True)] * 2
+    for compiled in (False, True):
+        attention = t.choose_attention(rt.device, rt.dtype)
+        model = t.make_model(replace(cfg, seed=5), rt, attention)
+        with model.compiled(compiled):
+            optimisers = t.Optimisers(model, replace(cfg, compile=compiled), rt)
+            if compiled:
+                t.warm_up(model, optimisers, cfg, rt)
+                graphs = optimisers.recorder.count()
+            found = []
+            for k, (longest, looped) in enumerate(turns):
+                rows = [t.make_row(x[:-1], x[1:], longest, rt.device) for x in ids[k % 4:][:2]]
+                found.append(t.run_step(model, rows, looped, optimisers, 0.5, 0.95).tolist())
+            if compiled:
+                assert optimisers.recorder.count() == graphs
+            dense = [t.make_row(x[:-1] * 0 + t.BOS, x[1:], 64, rt.device) for x in ids[:2]]
+            found.append(t.run_step(model, dense, True, optimisers, 0.5, 0.95).tolist())
+            losses.append(torch.tensor(found))
+            ends.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
+    for eager, recorded in zip(*ends, strict=True):
+        assert (eager - recorded).norm() <= 0.05 * eager.norm() + 1e-3
