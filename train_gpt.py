@@ -6,6 +6,7 @@ Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
           python train_gpt.py audit                                 prove that its score is legal
+          python train_gpt.py calibrate                             what this machine will do
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 
 Contents
@@ -62,6 +63,15 @@ try:
     import brotli
 except ImportError:  # check_compressor says how to get it
     brotli = None
+
+
+def processors() -> int:
+    """Processors that this process may use: those of its affinity, within its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 # ==================================================================================================
@@ -263,8 +273,7 @@ class Config:
     @staticmethod
     def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
         """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED; each makes
-        those below it give way (a schedule of lengths to another length, for one). UserError for
-        names that are unknown, values unreadable or out of range, and contradictions."""
+        those below it give way. UserError for unknown names, bad values and contradictions."""
         preset = read_preset(environ["PRESET"], folder) if environ.get("PRESET") else {}
         cfg = Config()
         for layer in ({k: (v, f"this program: {k}") for k, v in BAKED.items()}, preset,
@@ -410,7 +419,9 @@ FIXED = {
 COUNTS = {"EMA_DECAY": "EMA_HORIZON_FRAC", **{f"{name}_WARMUP_STEPS": f"{name}_WARMUP_FRAC"
                                               for name in ("SEQ_CHANGE", "MUON_MOMENTUM")}}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = set(["ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE", "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP", "TOKEN"])
+GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
+           "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
+           "TOKEN"}
 # The last three are of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
@@ -563,10 +574,9 @@ class Runtime:
 
     def sync_clock(self, seconds: float) -> float:
         """Rank 0's reading: every rank takes the same learning rate and stops at the same step."""
-        if self.world == 1:
-            return seconds
         shared = torch.tensor(seconds, dtype=torch.float64)
-        dist.broadcast(shared, 0)
+        if self.world > 1:
+            dist.broadcast(shared, 0)
         return shared.item()
 
     def seconds(self) -> float:
@@ -607,11 +617,11 @@ class Recorder:
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
     replayed from then on, whatever `work` is by then. A result is overwritten by the next call.
-    While it is `sealed` nothing more is recorded: other keys run at once, and are counted."""
+    Once `sealed` it records no more: other keys run at once, and are counted in `unrecorded`."""
 
     def __init__(self, record: bool):
-        self.record, self.sealed, self.graphs, self.pool = record, False, {}, None
-        self.unrecorded = 0  # calls that ran at once because it was sealed
+        self.record, self.graphs, self.pool, self.sealed = record, {}, None, False
+        self.unrecorded = 0
 
     def count(self) -> int:
         """Graphs recorded so far, and those that torch.compile has made in this process."""
@@ -637,15 +647,6 @@ class Recorder:
         torch._foreach_copy_(still, inputs)
         graph.replay()
         return result
-
-
-def processors() -> int:
-    """Processors that this process may use: those of its affinity, within its cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no quota
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, max(1, quota // period))
-    return count
 
 
 def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
@@ -2206,9 +2207,8 @@ def segment_bounds(ids: np.ndarray, longest: int) -> np.ndarray:
 
 def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.device,
              documents: bool = True) -> Row:
-    """A row on the device; without `documents` only its length cuts it. Bounds are padded with
-    empty segments to a size that the row's length and `longest` fix, so that all rows have the same
-    shapes: room for documents of 512 tokens in the mean, and their cuts; else a multiple of it."""
+    """A row on the device; without `documents` only its length cuts it. Empty segments give rows
+    one shape: room for documents of 512 tokens and their cuts, for denser ones a multiple."""
     bounds = segment_bounds(ids if documents else np.zeros_like(ids), longest)
     room = len(ids) // 512 + len(ids) // longest + 64
     bounds = np.pad(bounds, (0, -len(bounds) % room), constant_values=len(ids))
@@ -2241,18 +2241,15 @@ class TrainRows:
 
 
 def prefetch(make: Callable[[int], Any], first: int, depth: int = 4) -> Iterator[Any]:
-    """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead from now."""
+    """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead."""
     pool = ThreadPoolExecutor(1)
     ahead = [pool.submit(make, first + k) for k in range(depth)]
-
-    def results() -> Iterator[Any]:
-        try:
-            for index in itertools.count(first + depth):
-                ahead.append(pool.submit(make, index))
-                yield ahead.pop(0).result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return results()
+    try:
+        for index in itertools.count(first + depth):
+            ahead.append(pool.submit(make, index))
+            yield ahead.pop(0).result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def data_folder(cfg: Config) -> Path:
@@ -2788,12 +2785,11 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                 encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
     """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = matrices(cfg)
     factors = {name: factorise(H, cfg.gptq_damp_factor) for name, H in hessians.items()}
-    units = [trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item()
-             for m in found]
-    counts, spreads = zip(*((W.numel(), W.square().mean().sqrt().item())
-                            for W in (matrix_of(state, m) for m in found)), strict=True)
+    units, counts, spreads = zip(*(
+        (trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item(), W.numel(),
+         W.square().mean().sqrt().item())
+        for m in matrices(cfg) for W in [matrix_of(state, m)]), strict=True)
 
     def attempt(level: float) -> bytes:
         blob = encode(quantise_trellis(state, factors, noise, level, cfg))
@@ -4213,29 +4209,20 @@ def lr_factor(f: float, cfg: Config) -> float:
     return max((1 - f) / cfg.warmdown_frac, cfg.min_lr)
 
 
-def steps_of(count: float, part: float, step: int, f: float) -> float:
-    """The steps that a setting means: its part of all, if `step` of them make the fraction f of
-    training (0 before the first), or the count where the part is 0."""
-    return part * step / max(f, 1e-9) if part else count
+def rates(step: int, f: float, changed_at: float, cfg: Config) -> tuple[float, float, float]:
+    """Learning-rate multiplier, Muon's momentum and the average's decay of a step at fraction f; of
+    a _FRAC and its count in steps the count counts where the part is 0. The multiplier rises after
+    a change of length; the average's horizon is 1 / (1 - decay) steps."""
+    def steps(part: float, count: float) -> float:  # f of all steps are done
+        return part * step / max(f, 1e-9) if part else count
 
-
-def muon_momentum(step: int, f: float, cfg: Config) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START over MUON_MOMENTUM_WARMUP_FRAC or _STEPS."""
-    part, start = cfg.muon_momentum_warmup_frac, cfg.muon_momentum_warmup_start
-    share = f / part if part else step / max(1, cfg.muon_momentum_warmup_steps)
-    return start + min(1.0, share) * (cfg.muon_momentum - start)
-
-
-def average_decay(step: int, f: float, cfg: Config) -> float:
-    """Of the weight average: its horizon 1 / (1 - decay) is EMA_HORIZON_FRAC of all steps."""
-    horizon = steps_of(0, cfg.ema_horizon_frac, step, f)
-    return 1 - 1 / max(2, horizon) if cfg.ema_horizon_frac else cfg.ema_decay
-
-
-def rising(step: int, f: float, changed_at: float, cfg: Config) -> float:
-    """Linear to 1 over SEQ_CHANGE_WARMUP_FRAC or _STEPS from the last change of length on."""
-    steps = steps_of(cfg.seq_change_warmup_steps, cfg.seq_change_warmup_frac, step, f)
-    return min(1.0, (step + 1 - changed_at) / max(1, steps))
+    rise = steps(cfg.seq_change_warmup_frac, cfg.seq_change_warmup_steps)
+    rise = min(1.0, (step + 1 - changed_at) / max(1, rise))
+    warm = steps(cfg.muon_momentum_warmup_frac, cfg.muon_momentum_warmup_steps)
+    start, warm = cfg.muon_momentum_warmup_start, min(1.0, step / max(1, warm))
+    horizon = max(2.0, steps(cfg.ema_horizon_frac, 0))
+    decay = 1 - 1 / horizon if cfg.ema_horizon_frac else cfg.ema_decay
+    return rise * lr_factor(f, cfg), start + warm * (cfg.muon_momentum - start), decay
 
 
 def is_looped(f: float, cfg: Config) -> bool:
@@ -4318,8 +4305,7 @@ class SyntheticRows:
         """One row [1/8 of a step's tokens] on the device, cut into at most `longest` tokens."""
         ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
         ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
-        longest = longest or self.cfg.train_seq_len
-        return [make_row(ids[:-1], ids[1:], longest, self.rt.device)]
+        return [make_row(ids[:-1], ids[1:], longest or self.cfg.train_seq_len, self.rt.device)]
 
 
 def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
@@ -4376,11 +4362,11 @@ class Watch:
     def keep(self, step: int) -> None:
         self.step, self.weights = step, [w.clone() for w in self.ema.average]
 
-    def check(self, loss_and_norm: Tensor, step: int) -> float:
-        """The loss; the norm is of all ranks, so that all of them stop together."""
-        loss, norm = loss_and_norm.tolist()
+    def check(self, loss_and_norm: Tensor | None, step: int) -> None:
+        """UserError unless both are finite; the norm is of all ranks: they stop together."""
+        loss, norm = (0.0, 0.0) if loss_and_norm is None else loss_and_norm.tolist()
         if math.isfinite(norm) and (math.isfinite(loss) or self.rt.world > 1):
-            return loss
+            return
         kept = "nothing was kept (no good average yet)"
         if self.weights:
             names = [name for name, _ in self.model.named_parameters()]
@@ -4392,49 +4378,26 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
-def start_clock(cfg: Config) -> dict[str, float]:
-    """What the loop below must know to go on, and a checkpoint keeps: before the first step."""
-    return {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
-            "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
-
-
-def is_last(step: int, marks: list[float], cfg: Config, rt: Runtime) -> bool:
-    """Whether training ends before this step. `marks`: seconds spent before each step so far; the
-    budget must hold what is queued on the device, and one step more."""
-    if step == cfg.iterations or not cfg.max_wallclock_seconds or cfg.force_stop_step:
-        return step in (cfg.iterations, cfg.force_stop_step or None)
-    pace = float(np.median(np.diff(marks[-6:]))) if len(marks) > 1 else 0.0
-    ahead = pace * (2 if rt.device.type == "cuda" else 1)
-    return progress(step, marks[-1] + ahead, cfg) >= 1
-
-
-def log_clock(clock: dict[str, float], marks: list[float], changes: list[int], cfg: Config,
-              rt: Runtime) -> None:
-    """How training went: the times of steps at its start and around each change of stage."""
-    rt.log(f"training stopped: train_time: {1000 * clock['seconds']:.0f}ms "
-           f"step: {clock['step']}/{cfg.iterations}")
-    for step in changes:
-        begin = max(step - 1, changes[0])
-        times = 1000 * np.diff(marks[begin - changes[0]:][:6])
-        rt.log(f"step times from step {begin}: {' '.join(f'{x:.1f}' for x in times)} ms")
-    rt.log(f"data wait: {clock['waited']:.1f}s")
-
-
 def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps."""
-    optimisers = Optimisers(model, cfg, rt)
+    optimisers, keeper = Optimisers(model, cfg, rt), rt.keeper
     warm_up(model, optimisers, cfg, rt)
-    ema, keeper, graphs = Ema(model, cfg.ema_decay), rt.keeper, optimisers.recorder.count()
-    clock = start_clock(cfg) | (keeper.restore_training(model, optimisers, ema) if keeper else {})
+    ema = Ema(model, cfg.ema_decay)
+    clock = {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
+             "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
+    clock |= keeper.restore_training(model, optimisers, ema) if keeper else {}
+    cfg, before = replace(cfg, gptq_reserve_seconds=clock["reserve"]), optimisers.recorder.count()
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would hold a step up
-    run_steps(model, rows, val, replace(cfg, gptq_reserve_seconds=clock["reserve"]), rt,
-              optimisers, ema, clock)
+    marks, changes = run_steps(model, rows, val, cfg, rt, optimisers, ema, clock)
     gc.enable()
-    graphs = optimisers.recorder.count() - graphs
-    rt.log(f"graphs recorded in the clock: {graphs} (rows run without one: "
-           f"{optimisers.recorder.unrecorded})")
+    for begin in (max(step - 1, changes[0]) for step in changes):  # the first, and changes of stage
+        times = 1000 * np.diff(marks[begin - changes[0]:][:6])
+        rt.log(f"step times from step {begin}: {' '.join(f'{x:.1f}' for x in times)} ms")
+    rt.log(f"data wait: {clock['waited']:.1f}s")
+    graphs, loose = optimisers.recorder.count() - before, optimisers.recorder.unrecorded
+    rt.log(f"graphs recorded in the clock: {graphs} (rows run without one: {loose})")
     rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3),
                              "data_wait_seconds": round(clock["waited"], 3), "graphs": graphs}
     ema.swap_in()
@@ -4444,23 +4407,25 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
 
 
 def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime,
-              optimisers: Optimisers, ema: Ema, clock: dict[str, float]) -> None:
-    """The steps from clock["step"] on; leaves what was spent in the clock. A step's loss is checked
-    during the next one, without a pause."""
+              optimisers: Optimisers, ema: Ema, clock: dict[str, float]) -> tuple[list, list]:
+    """The steps from clock["step"] on; leaves in the clock what was spent. Returns the seconds
+    before each step and the steps that begin a stage. A step's loss is checked during the next."""
     first, rows.longest, keeper = clock["step"], clock["longest"], rt.keeper
-    batches = prefetch(rows.step, first)
-    bar = progress_bar(cfg.iterations, rt, "train", "step")
+    rows.step(first)  # off the disk before the clock starts
+    batches, bar = prefetch(rows.step, first), progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
     looped, result, marks, changes = False, None, [], [first]
-    resumed = rt.seconds()
+    lag, resumed = 2 if rt.device.type == "cuda" else 1, rt.seconds()
     for step in itertools.count(first):
         seconds = rt.sync_clock(clock["seconds"] + time.perf_counter() - resumed)
         marks.append(seconds)
         if keeper and keeper.due(seconds):
-            if result is not None:
-                watch.check(result, step)
+            watch.check(result, step)
             keeper.save_training(model, optimisers, ema, clock | {"step": step, "seconds": seconds})
-        f, last = progress(step, seconds, cfg), is_last(step, marks, cfg, rt)
+        f, timed = progress(step, seconds, cfg), cfg.max_wallclock_seconds
+        ahead = lag * float(np.median(np.diff(marks[-6:]))) if step > first else 0.0
+        last = step in (cfg.iterations, cfg.force_stop_step or None) or (  # no time for another
+            timed and not cfg.force_stop_step and progress(step, seconds + ahead, cfg) >= 1)
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
             clock["seconds"] += rt.seconds() - resumed
             score = evaluate(model, val, cfg, rt)
@@ -4474,7 +4439,7 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
             rt.log(f"layer_loop:{'on' if looped else 'off'} step:{step} frac:{f:.3f}")
         if rows.longest != stage_length(f, cfg):  # what is prefetched is cut for the last stage
             batches.close()
-            clock["longest"] = rows.longest = stage_length(f, cfg)
+            rows.longest = clock["longest"] = stage_length(f, cfg)
             clock["changed_at"] = step
             changes.append(step)
             batches = prefetch(rows.step, step)
@@ -4482,14 +4447,11 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
         before, asked = result, time.perf_counter()
         batch = next(batches)
         clock["waited"] += time.perf_counter() - asked
-        rise = rising(step, f, clock["changed_at"], cfg)
-        result = run_step(model, batch, looped, optimisers, rise * lr_factor(f, cfg),
-                          muon_momentum(step, f, cfg))
-        ema.decay = average_decay(step, f, cfg)
+        lr, momentum, ema.decay = rates(step, f, clock["changed_at"], cfg)
+        result = run_step(model, batch, looped, optimisers, lr, momentum)
         ema.update()
         bar.update()
-        if before is not None:
-            watch.check(before, step)
+        watch.check(before, step)
         if (step + 1) % cfg.train_log_every == 0 or step < 5:
             loss = rt.sum_(result[:1].clone()).item() / rt.world
             watch.check(result, step + 1)
@@ -4497,12 +4459,13 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
             minutes = (clock["seconds"] + rt.seconds() - resumed) / 60
             rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {minutes:.1f}m "
                    f"tok/s: {(step + 1) * cfg.train_batch_tokens / (60 * minutes):.0f}")
-    clock["step"] = step
     batches.close()
     bar.close()
-    if result is not None:
-        watch.check(result, step)
-    log_clock(clock, marks, changes, cfg, rt)
+    watch.check(result, step)
+    clock["step"] = step
+    rt.log(f"training stopped: train_time: {1000 * clock['seconds']:.0f}ms "
+           f"step: {step}/{cfg.iterations}")
+    return marks, changes
 
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -4603,8 +4566,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
     free = cfg.max_wallclock_seconds - rt.record.get("training", {}).get("seconds", -math.inf)
     if cfg.max_wallclock_seconds and took > free:  # of the run before it was resumed, too
-        rt.log(f"warning: calibration took longer than reserved: {took:.2f}s, and {free:.2f}s were "
-               f"left of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
+        rt.log(f"warning: calibration took longer than reserved: {took:.2f}s of {free:.2f}s left")
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
@@ -4737,6 +4699,8 @@ def main(age: float = 0.0) -> int:
         print(help_text())
         return 0
     try:
+        if sys.argv[1:] == ["calibrate"]:
+            return extra("calibrate").main(os.environ)
         if sys.argv[1:] not in ([], ["audit"]):
             raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
         run(os.environ, age, audit=len(sys.argv) > 1)

@@ -175,7 +175,8 @@ def test_pr1855_is_the_record():
     """All that the record's program and command had otherwise than the defaults."""
     assert t.Config.from_env({"PRESET": "pr1855"}, ROOT) == replace(
         t.Config(), ema_horizon_frac=0.0, muon_momentum_warmup_frac=0.0,
-        seq_change_warmup_frac=0.0, warmup_steps=20, matrix_lr=0.026, leaky_relu_slope=0.5, qk_gain_init=5.0, train_seq_len=2048,
+        seq_change_warmup_frac=0.0, warmup_steps=20, matrix_lr=0.026, leaky_relu_slope=0.5,
+        qk_gain_init=5.0, train_seq_len=2048,
         train_seq_schedule="", seq_change_warmup_steps=0, gptq_reserve_seconds=0.5,
         quantiser="uniform", compressor="pergroup", eval_seq_len=2048, ttt_eval_seq_len=2048,
         ttt_batch_size=64, ttt_chunk_size=48, ttt_stream=False, phased_ttt_num_phases=3,
