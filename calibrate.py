@@ -3,10 +3,12 @@ under torchrun with as many processes as the run will have, and with its setting
 
 Synthetic ids, documents of log-normal length as in FineWeb; random weights. It prints the time of
 a step in every stage, of the optimiser, of calibration and of test-time training, and from these
-the steps of the budget and the seconds of evaluation. It takes about a minute, and compiling."""
+the steps of the budget and the seconds of evaluation. It takes about a minute, and compiling.
+After training the program asks it for a report: how evenly the steps went, and what held them up."""
 
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as t
+from caseops.processors import processors
 
 TARGETS = 47_853_343  # of the challenge's validation set
 REFERENCE = 4931, 121.7, 786_432  # the record on 8 H100s: steps, ms a step, tokens a step
@@ -120,13 +123,39 @@ def scoring_rate(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> float:
     return rt.world * targets / rt.sync_clock(spent)
 
 
+def graphs(recorder: t.Recorder) -> int:
+    """CUDA graphs recorded so far, and graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # nobody waits for it who does not compile
+    compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    return compiled + sum(map(bool, recorder.graphs.values()))
+
+
+def report(marks: list[float], changes: list[int], waited: float, recorded: int,
+           recorder: t.Recorder, rt: t.Runtime) -> None:
+    """Log the times of steps around each change of stage, and what held steps up. `marks`: seconds
+    before each step from the first of `changes` on; `recorded`: graphs made meanwhile."""
+    times = 1000 * np.diff(marks)
+    for begin in (max(step - 1, changes[0]) - changes[0] for step in changes):
+        told = " ".join(f"{x:.1f}" for x in times[begin:begin + 5])
+        rt.log(f"step times from step {begin + changes[0]}: {told} ms")
+    if len(times):
+        slowest = int(times.argmax())
+        rt.log(f"step times: median {np.median(times):.1f} ms, longest {times[slowest]:.1f} ms at "
+               f"step {changes[0] + slowest}")
+    rt.log(f"data wait: {waited:.1f}s")
+    rt.log(f"graphs recorded in the clock: {recorded} (rows run without one: "
+           f"{recorder.unrecorded})")
+    rt.record["training"] |= {"data_wait_seconds": round(waited, 3), "graphs": recorded,
+                              "rows_without_graph": recorder.unrecorded}
+
+
 def main(environ: Mapping[str, str]) -> int:
     """All figures, a line each; exit code 0."""
     began = time.perf_counter()
     cfg, rt = t.Config.from_env(environ, Path(t.__file__).parent), t.start_runtime(environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = t.torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    rt.log(f"{rt.world} x {name}, {t.processors()} processors, torch {t.torch.__version__}, "
+    rt.log(f"{rt.world} x {name}, {processors()} processors, torch {t.torch.__version__}, "
            f"attention {attention.reason}")
     model = t.make_model(cfg, rt, attention)
     budget = cfg.max_wallclock_seconds

@@ -63,15 +63,7 @@ try:
     import brotli
 except ImportError:  # check_compressor says how to get it
     brotli = None
-
-
-def processors() -> int:
-    """Processors that this process may use: those of its affinity, within its cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no quota
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, max(1, quota // period))
-    return count
+THREADS = numba.config.NUMBA_DEFAULT_NUM_THREADS  # processors that the affinity allows
 
 
 # ==================================================================================================
@@ -617,16 +609,11 @@ class Recorder:
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
     replayed from then on, whatever `work` is by then. A result is overwritten by the next call.
-    Once `sealed` it records no more: other keys run at once, and are counted in `unrecorded`."""
+    Once `sealed` it records no more: other keys run at once, counted in `unrecorded`."""
 
     def __init__(self, record: bool):
         self.record, self.graphs, self.pool, self.sealed = record, {}, None, False
         self.unrecorded = 0
-
-    def count(self) -> int:
-        """Graphs recorded so far, and those that torch.compile has made in this process."""
-        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.record else 0
-        return compiled + sum(map(bool, self.graphs.values()))
 
     def __call__(self, key: tuple, work: Callable, inputs: Sequence[Tensor]) -> Any:
         """work(*inputs); the key names all that `work` depends on besides, shapes included."""
@@ -2773,7 +2760,7 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
         return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
 
     out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for part in pool.map(one, matrices(cfg)):
             out |= part
     return out
@@ -3227,7 +3214,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         # both ways are tried: for independent weights an order costs more than it saves
         if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
-    with ThreadPoolExecutor(processors()) as pool:  # the compressors let other threads run
+    with ThreadPoolExecutor(THREADS) as pool:  # the compressors let other threads run
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
@@ -3285,7 +3272,7 @@ def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pie
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
             require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
-        with ThreadPoolExecutor(processors()) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
         raise UserError(f"{source}: {error}"[:400]) from error
@@ -4321,9 +4308,8 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
         if cfg.quantiser == "tcq":
             sensitivities(model, rows, 0, hessians, rt)
         clock.append(rt.seconds())
-    share = 1.1 * 8 / rt.world  # of the rows of a step
-    seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
-    seconds = rt.sync_clock(seconds + 0.5)
+    seconds = cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1]
+    seconds = rt.sync_clock(0.5 + 1.1 * 8 / rt.world * seconds)  # of all rows of a step
     rt.log(f"calibration: {seconds:.1f}s of training reserved")
     require(seconds <= cfg.max_wallclock_seconds / 2, f"calibration needs {seconds:.0f}s of "
             f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
@@ -4386,20 +4372,17 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     clock = {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
              "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
     clock |= keeper.restore_training(model, optimisers, ema) if keeper else {}
-    cfg, before = replace(cfg, gptq_reserve_seconds=clock["reserve"]), optimisers.recorder.count()
+    cfg = replace(cfg, gptq_reserve_seconds=clock["reserve"])
+    told, recorder = extra("calibrate", needed=False), optimisers.recorder
+    before = told and told.graphs(recorder)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would hold a step up
     marks, changes = run_steps(model, rows, val, cfg, rt, optimisers, ema, clock)
     gc.enable()
-    for begin in (max(step - 1, changes[0]) for step in changes):  # the first, and changes of stage
-        times = 1000 * np.diff(marks[begin - changes[0]:][:6])
-        rt.log(f"step times from step {begin}: {' '.join(f'{x:.1f}' for x in times)} ms")
-    rt.log(f"data wait: {clock['waited']:.1f}s")
-    graphs, loose = optimisers.recorder.count() - before, optimisers.recorder.unrecorded
-    rt.log(f"graphs recorded in the clock: {graphs} (rows run without one: {loose})")
-    rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3),
-                             "data_wait_seconds": round(clock["waited"], 3), "graphs": graphs}
+    rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3)}
+    if told:
+        told.report(marks, changes, clock["waited"], told.graphs(recorder) - before, recorder, rt)
     ema.swap_in()
     if keeper:
         keeper.mark("trained", model, clock["step"])

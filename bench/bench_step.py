@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
 from calibrate import synthetic_row
+from caseops.processors import processors
 
 REPEATS = int(os.environ.get("REPEATS", 20))
 PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
@@ -75,7 +76,7 @@ def main() -> None:
     rt = t.start_runtime(os.environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    rt.log(f"{rt.world} x {name}, {t.processors()} cores, Python {platform.python_version()}, "
+    rt.log(f"{rt.world} x {name}, {processors()} cores, Python {platform.python_version()}, "
            f"torch {torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)

@@ -1,4 +1,4 @@
-"""How many processors this process may use; train_gpt.py, which travels alone, has the same."""
+"""How many processors this process may use."""
 
 import contextlib
 import os
