@@ -4,7 +4,7 @@ under torchrun with as many processes as the run will have, and with its setting
 Synthetic ids, documents of log-normal length as in FineWeb; random weights. It prints the time of
 a step in every stage, of the optimiser, of calibration and of test-time training, and from these
 the steps of the budget and the seconds of evaluation. It takes about a minute, and compiling.
-After training the program asks it for a report: how evenly the steps went, and what held them up."""
+After training the program asks it for a report: how evenly steps went, and what held them up."""
 
 import os
 import statistics
@@ -144,9 +144,9 @@ def report(marks: list[float], changes: list[int], waited: float, recorded: int,
                f"step {changes[0] + slowest}")
     rt.log(f"data wait: {waited:.1f}s")
     rt.log(f"graphs recorded in the clock: {recorded} (rows run without one: "
-           f"{recorder.unrecorded})")
+           f"{recorder.loose})")
     rt.record["training"] |= {"data_wait_seconds": round(waited, 3), "graphs": recorded,
-                              "rows_without_graph": recorder.unrecorded}
+                              "rows_without_graph": recorder.loose}
 
 
 def main(environ: Mapping[str, str]) -> int:

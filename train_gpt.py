@@ -5,8 +5,7 @@ Claim     the pipeline of parameter-golf record #1855 (published: 1.06108 bits p
 Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8 processes
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
-          python train_gpt.py audit                                 prove that its score is legal
-          python train_gpt.py calibrate                             what this machine will do
+          python train_gpt.py audit|calibrate      is its score legal|what will this machine do
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 
 Contents
@@ -63,7 +62,6 @@ try:
     import brotli
 except ImportError:  # check_compressor says how to get it
     brotli = None
-THREADS = numba.config.NUMBA_DEFAULT_NUM_THREADS  # processors that the affinity allows
 
 
 # ==================================================================================================
@@ -609,16 +607,15 @@ class Recorder:
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
     replayed from then on, whatever `work` is by then. A result is overwritten by the next call.
-    Once `sealed` it records no more: other keys run at once, counted in `unrecorded`."""
+    Once `sealed` it records no more: other keys run at once, counted in `loose`."""
 
     def __init__(self, record: bool):
-        self.record, self.graphs, self.pool, self.sealed = record, {}, None, False
-        self.unrecorded = 0
+        self.record, self.graphs, self.pool, self.sealed, self.loose = record, {}, None, False, 0
 
     def __call__(self, key: tuple, work: Callable, inputs: Sequence[Tensor]) -> Any:
         """work(*inputs); the key names all that `work` depends on besides, shapes included."""
         if not self.record or self.sealed and not self.graphs.get(key):
-            self.unrecorded += self.sealed
+            self.loose += self.sealed
             return work(*inputs)
         if key not in self.graphs:
             self.graphs[key] = None
@@ -639,7 +636,6 @@ class Recorder:
 def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
     """A tqdm bar on rank 0's terminal; elsewhere it shows nothing, since logs get plain lines."""
     from tqdm import tqdm
-
     shown = rt.rank == 0 and sys.stderr.isatty()
     return tqdm(total=total, desc=label, unit=unit, disable=not shown, leave=False)
 
@@ -2210,8 +2206,7 @@ class TrainRows:
     """The training stream cut into rows, in order and then over again: row g is a pure function."""
 
     def __init__(self, stream: TokenStream, cfg: Config, rt: Runtime):
-        self.stream, self.cfg, self.rt = stream, cfg, rt
-        self.length = cfg.train_batch_tokens // 8
+        self.stream, self.cfg, self.rt, self.length = stream, cfg, rt, cfg.train_batch_tokens // 8
         self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
         require(self.count, f"{stream.paths[0].parent}: {len(stream)} training tokens, less than a "
                 f"row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
@@ -2726,8 +2721,7 @@ def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, lev
             slope = min(max((sizes[-2] - sizes[-1]) / (level - last), weights / 32), weights / 2)
         least, last = 0.005 * 2**k if coarse == math.inf else -4, level  # till one fits: coarser
         level += min(max((len(blob) - budget + slack / 2) / slope, least, -4), 4)
-        if math.isfinite(coarse - fine) and fine < coarse and (k % 3 == 2
-                                                               or not fine < level < coarse):
+        if math.isfinite(coarse - fine) and (k % 3 == 2 or not fine < level < coarse):
             level = (fine + coarse) / 2
     return best
 
@@ -2760,7 +2754,7 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
         return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
 
     out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
         for part in pool.map(one, matrices(cfg)):
             out |= part
     return out
@@ -3214,7 +3208,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         # both ways are tried: for independent weights an order costs more than it saves
         if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
-    with ThreadPoolExecutor(THREADS) as pool:  # the compressors let other threads run
+    with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
@@ -3272,7 +3266,7 @@ def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pie
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
             require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
         raise UserError(f"{source}: {error}"[:400]) from error

@@ -91,7 +91,7 @@ def test_a_sealed_recorder_records_nothing_more():
     recorder.sealed, graphs = True, calibrate.graphs(recorder)
     for key, factor in (("known", 2), ("met once", 3), ("new", 4)) * 3:
         assert recorder(key, lambda x, n=factor: x * n, [x]).tolist() == [factor] * 3
-    assert calibrate.graphs(recorder) == graphs and recorder.unrecorded == 6
+    assert calibrate.graphs(recorder) == graphs and recorder.loose == 6
 
 
 def test_processors_are_those_that_this_process_may_use(monkeypatch, tmp_path):
