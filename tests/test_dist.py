@@ -104,7 +104,8 @@ def test_hessians_are_summed_over_ranks(runs, world):
     one, two = runs[1][0]["hessians"], runs[world][0]["hessians"]
     assert one.keys() == two.keys()
     for name, H in one.items():
-        assert (H - two[name]).norm() < 10 * ROUNDING[world] * H.norm(), name
+        # of weights that went apart for 20 steps: a rank left out would be an eighth
+        assert (H - two[name]).norm() < (1e-5 if world == 2 else 0.1) * H.norm(), name
 
 
 @pytest.mark.parametrize("world", WORLDS)
