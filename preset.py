@@ -70,6 +70,7 @@ def read(name: str, folder: Path, where: str = "PRESET",
             base = str(near) if near.is_file() and near.resolve() != above[0] else value
             found = read(base, folder, f"{path}:{number}: PRESET", above)
         elif sep:
+            found.pop(t.COUNTS.get(key), None)
             found[key] = value, f"{path}:{number}: {key}"
     return found
 

@@ -24,7 +24,9 @@ import torch.distributed as dist
 import train_gpt as t
 
 FORMAT = 1
-BEAT, SILENT = 2.0, 20.0  # seconds between signs of life, and without one until a rank counts dead
+# Seconds between signs of life; without one until a rank counts as dead (compiling holds the
+# interpreter for tens of them); without an answer of the store until its host counts as gone.
+BEAT, SILENT, UNREACHED = 2.0, 120.0, 90.0
 
 
 class Keeper:
@@ -272,7 +274,8 @@ class Lifeline(threading.Thread):
 
     On the same host a process that does not exist is seen at once, on another one (or a stopped
     one) after SILENT seconds. Signs of life go through the store that torchrun serves, so they need
-    no rank; a store that cannot be reached means that its host is gone."""
+    no rank; a store that fails or does not answer for UNREACHED seconds means that its host is
+    gone. A call to it may never return, so a second thread watches that."""
 
     def __init__(self, rt: t.Runtime):
         super().__init__(daemon=True)
@@ -281,7 +284,25 @@ class Lifeline(threading.Thread):
         self.store.set(f"place/{rt.rank}", json.dumps([socket.gethostname(), os.getpid()]))
         self.places = [json.loads(self.store.get(f"place/{r}")) for r in range(rt.world)]
         self.seen = {r: (0, time.monotonic()) for r in range(rt.world)}
-        self.done = False
+        self.done, self.reached = False, time.monotonic()
+
+    def start(self) -> None:
+        """Both threads."""
+        super().start()
+        threading.Thread(target=self.watch_store, daemon=True).start()
+
+    def watch_store(self) -> None:
+        """End this rank if the store is not reached; a thread that both were starved by is no
+        reason, so the time must be up twice in a row."""
+        late = 0
+        while not self.done and late < 2:
+            time.sleep(BEAT)
+            late = late + 1 if time.monotonic() - self.reached > UNREACHED else 0
+        if not self.done:
+            print(f"error: rank {self.rank} has not reached torchrun's store for {UNREACHED:.0f}s: "
+                  "its host is gone, or the network. Start again: with CHECKPOINT_EVERY_SECONDS "
+                  "the run goes on from its last checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def run(self) -> None:
         """Until the run is over: beat, look, sleep."""
@@ -289,11 +310,13 @@ class Lifeline(threading.Thread):
             with contextlib.suppress(RuntimeError):
                 self.store.add(f"beat/{self.rank}", 1)
                 if self.ended():  # some rank is through: they all end now
+                    self.done = True
                     return
                 dead = next((r for r in range(self.world) if r != self.rank and self.is_dead(r)),
                             None)
                 if dead is not None:
                     self.report(dead)
+                self.reached = time.monotonic()
             time.sleep(BEAT)
 
     def ended(self) -> bool:

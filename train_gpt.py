@@ -3,7 +3,7 @@ Claim     record #1855 of parameter-golf (1.06108 BPB, n = 3) and what followed;
 Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8 processes
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
-          python train_gpt.py audit | sample "Once upon"            is it legal? what does it write?
+          python train_gpt.py audit | calibrate | sample "Once upon a time"     see README.md
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 Contents
   §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
@@ -94,13 +94,9 @@ def setting(default: Any, text: str, lo: float | None = None, hi: float | None =
     return field(default=default, metadata={"help": text, "lo": lo, "hi": hi, "choices": choices})
 
 
-ATTENTION_CHOICES = ("auto", "fa4", "varlen", "sdpa", "ref")
-
-
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once; its environment variable is the name in capitals. The defaults are
-    presets/best.env; presets/pr1855.env has the record's settings."""
+    """Every setting, once; its environment variable is its name in capitals. Defaults: best.env."""
 
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
@@ -110,7 +106,7 @@ class Config:
     data_path: str = setting("", "folder with the shards; default: the CaseOps set under DATA_DIR")
     tokenizer_path: str = setting("", "SentencePiece model; given: checked against the data")
     caseops_enabled: bool = setting(True, "look for the CaseOps data set under DATA_DIR")
-    attention: str = setting("auto", "backend", choices=ATTENTION_CHOICES)
+    attention: str = setting("auto", "backend", choices=("auto", "fa4", "varlen", "sdpa", "ref"))
     compile: bool = setting(True, "torch.compile on CUDA (the CPU always runs eagerly)")
     ttt_eval_only: bool = setting(False, "load the artifact and only score it")
     prequant_only: bool = setting(False, "stop before quantisation")
@@ -128,6 +124,7 @@ class Config:
     eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
     train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,... or none")
     seq_change_warmup_steps: int = setting(32, "steps of rising rate after a change of length", 0)
+    seq_change_warmup_frac: float = setting(0.00649, "the same, of all steps; 0: that count", 0, 1)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
     model_dim: int = setting(512, "d, width of the residual stream", 8)
@@ -160,7 +157,7 @@ class Config:
     force_stop_step: int = setting(0, "stop after this step, whatever the clock says; 0: off", 0)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
     gptq_reserve_seconds: float = setting(-1.0, "kept of it for calibration; -1: as measured", -1)
-    warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
+    warmup_steps: int = setting(3, "untimed steps of every shape on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
     matrix_lr: float = setting(0.028, "Muon's learning rate", 0)
@@ -169,6 +166,7 @@ class Config:
     muon_momentum: float = setting(0.97, "Muon's momentum after its warm-up", 0, 0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps of that linear warm-up", 0)
+    muon_momentum_warmup_frac: float = setting(0.3042, "the same, of training; 0: that count", 0, 1)
     muon_backend_steps: int = setting(5, "Polar-Express iterations", 1, 5)
     muon_row_normalize: bool = setting(True, "divide each row of Muon's update by its L2 norm")
     muon_wd: float = setting(0.095, "decoupled weight decay of the matrices", 0)
@@ -179,12 +177,12 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW's epsilon", 0)
     grad_clip_norm: float = setting(0.3, "global gradient norm; 0: no clipping", 0)
     ema_decay: float = setting(0.9965, "decay of the weight average that is quantised", 0, 0.999999)
+    ema_horizon_frac: float = setting(0.05794, "1/(1 - decay) over all steps; 0: EMA_DECAY", 0, 1)
     train_log_every: int = setting(500, "steps between training lines", 1)
     val_loss_every: int = setting(0, "steps between plain evaluations; 0: only at the end", 0)
     fused_ce_enabled: bool = setting(True, "fused softcap and cross-entropy kernel on CUDA")
-    # -- quantisation and artifact
-    quantiser: str = setting("tcq", "tcq: trellis-coded, steps fill ARTIFACT_BUDGET_BYTES; bits, "
-                             "clips and LQER are for uniform", choices=("uniform", "tcq"))
+    # -- quantisation and artifact: bits, clips, AWQ and LQER are of the uniform quantiser
+    quantiser: str = setting("tcq", "tcq fills the budget; or uniform", choices=("uniform", "tcq"))
     trellis_states: int = setting(32, "states of its trellis", choices=(4, 8, 16, 32, 64))
     artifact_budget_bytes: int = setting(16_000_000, "program and artifact together", 1)
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
@@ -292,7 +290,8 @@ class Config:
             no_tilt = new.get("ngram_mixer") or new.get("ttt_enabled") is False
             yields = (("train_seq_schedule", "", other_length), ("ttt_stream", False, own_chunks),
                       ("ngram_tilt_enabled", False, no_tilt),
-                      ("quantiser", "uniform", new.get("awq_lite_enabled")))
+                      ("quantiser", "uniform", new.get("awq_lite_enabled")),
+                      *((COUNTS[n].lower(), 0.0, n.lower() in new) for n in COUNTS))
             cfg = replace(cfg, **{name: value for name, value, holds in yields if holds} | new)
         return cfg.checked() if check else cfg
 
@@ -309,8 +308,6 @@ class Config:
              "ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS"),
             ((self.mlp_mult * self.model_dim) % 1 == 0, "MLP_MULT * MODEL_DIM must be whole"),
             (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
-            (self.scores_path.endswith(".npz") or not self.scores_path,
-             "SCORES_PATH must end in .npz"),
             (not loops or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold where NUM_LOOPS > 0"),
             (not (loops and lanes) or self.loop_end < lanes,
@@ -371,7 +368,7 @@ class Config:
     def variants(self) -> bool:
         """Whether a score takes what variants.py holds."""
         return bool(self.slot_enabled or self.ngram_mixer or self.word_experts
-                    or self.ttt_second_pass_frac)
+                    or self.ttt_second_pass_frac or self.ttt_freeze_blocks)
 
     def illegal(self) -> list[str]:
         """Why the challenge would refuse a score made with these settings."""
@@ -427,6 +424,9 @@ FIXED = {name: tuple(values.split("|")) for name, values in re.findall(r"(\w+)=(
     ATTN_OUT_GATE_SRC=proj PHASED_TTT_ENABLED=1 SPARSE_ATTN_GATE_INIT_STD=0.0|0 TTT_EVAL_BATCHES=
     TTT_GRAD_STEPS=1 TTT_OPTIMIZER=adam GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_WARMUP_CHUNKS=0
     GLOBAL_TTT_WARMUP_START_LR=0.0|0 MATRIX_CLIP_SIGMAS=12.85""")}
+# A setting in steps makes the one that says the same by the fraction of training give way.
+COUNTS = {"EMA_DECAY": "EMA_HORIZON_FRAC", **{f"{name}_WARMUP_STEPS": f"{name}_WARMUP_FRAC"
+                                              for name in ("SEQ_CHANGE", "MUON_MOMENTUM")}}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
 GENERIC = set(re.findall(r"\w+", """ALLOW ARTIFACT ATTENTION CHECKPOINT COMPILE DATA ENABLE FORCE
     GLOBAL ITERATIONS MAX MIN MODEL NUM PARALLEL RUN SEED SKIP TOKEN"""))
@@ -573,10 +573,9 @@ class Runtime:
 
     def sync_clock(self, seconds: float) -> float:
         """Rank 0's reading: every rank takes the same learning rate and stops at the same step."""
-        if self.world == 1:
-            return seconds
         shared = torch.tensor(seconds, dtype=torch.float64)
-        dist.broadcast(shared, 0)
+        if self.world > 1:
+            dist.broadcast(shared, 0)
         return shared.item()
 
     def seconds(self) -> float:
@@ -627,14 +626,16 @@ class Recorder:
     """Runs functions of tensors as CUDA graphs, so that no kernel waits for the host.
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
-    replayed from then on, whatever `work` is by then. A result is overwritten by the next call."""
+    replayed from then on, whatever `work` is by then. A result is overwritten by the next call.
+    Once `sealed` it records no more: other keys run at once, counted in `loose`."""
 
     def __init__(self, record: bool):
-        self.record, self.graphs, self.pool = record, {}, None
+        self.record, self.graphs, self.pool, self.sealed, self.loose = record, {}, None, False, 0
 
     def __call__(self, key: tuple, work: Callable, inputs: Sequence[Tensor]) -> Any:
         """work(*inputs); the key names all that `work` depends on besides, shapes included."""
-        if not self.record:
+        if not self.record or self.sealed and not self.graphs.get(key):
+            self.loose += self.sealed
             return work(*inputs)
         if key not in self.graphs:
             self.graphs[key] = None
@@ -2021,13 +2022,13 @@ class Optimisers:
               "weight_decay": getattr(cfg, decay) if decay else 0.0}
              for (lr, decay), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=rt.device.type == "cuda")
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every moment."""
         self.momenta = [torch.zeros(share, *p.shape[1:], device=p.device)
                         for share, p in zip(self.shares, self.banks, strict=True)]
-        self.adamw.state.clear()
+
+    def reset(self) -> None:
+        """Forget every moment, in place: the next step waits for no memory."""
+        for moment in (*self.momenta, *(x for s in self.adamw.state.values() for x in s.values())):
+            moment.zero_()
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float) -> Tensor:
@@ -2208,10 +2209,11 @@ def segment_bounds(ids: np.ndarray, longest: int) -> np.ndarray:
 
 def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.device,
              documents: bool = True) -> Row:
-    """A row on the device; without `documents` only its length cuts it. Bounds are padded with
-    empty segments to a multiple of 64, so that a compiled forward meets few shapes."""
+    """A row on the device; without `documents` only its length cuts it. Empty segments give rows
+    one shape: room for documents of 512 tokens and their cuts, for denser ones a multiple."""
     bounds = segment_bounds(ids if documents else np.zeros_like(ids), longest)
-    bounds = np.pad(bounds, (0, -len(bounds) % 64), constant_values=len(ids))
+    room = len(ids) // 512 + len(ids) // longest + 64
+    bounds = np.pad(bounds, (0, -len(bounds) % room), constant_values=len(ids))
     parts = [torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, targets, bounds)]
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
@@ -2223,8 +2225,7 @@ class TrainRows:
     """The training stream cut into rows, in order and then over again: row g is a pure function."""
 
     def __init__(self, stream: TokenStream, cfg: Config, rt: Runtime):
-        self.stream, self.cfg, self.rt = stream, cfg, rt
-        self.length = cfg.train_batch_tokens // 8
+        self.stream, self.cfg, self.rt, self.length = stream, cfg, rt, cfg.train_batch_tokens // 8
         self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
         require(self.count, f"{stream.paths[0].parent}: {len(stream)} training tokens, less than a "
                 f"row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
@@ -2240,7 +2241,7 @@ class TrainRows:
         return [self.row(g) for g in range(first, first + self.rt.accumulation)]
 
 
-def prefetch(make: Callable[[int], Any], first: int, depth: int = 2) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], first: int, depth: int = 4) -> Iterator[Any]:
     """make(first), make(first + 1), ... computed by a thread that stays `depth` ahead."""
     pool = ThreadPoolExecutor(1)
     ahead = [pool.submit(make, first + k) for k in range(depth)]
@@ -2389,26 +2390,6 @@ def grid_for(role: str, cfg: Config) -> Grid:
     if role == "embedding":
         return Grid(cfg.embed_bits, cfg.embed_clip_sigmas)
     return Grid(cfg.matrix_bits, cfg.mlp_clip_sigmas if "mlp" in role else cfg.attn_clip_sigmas)
-
-
-def protected_columns(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-                      cfg: Config) -> dict[str, Tensor]:
-    """AWQ-lite (#1908): first columns of the groups that get AWQ_LITE_BITS, by matrix.
-
-    A column's importance is the RMS of its input, from diag(H), times its mean |w|; a group's is
-    the sum, and the AWQ_LITE_GROUP_TOP_K best of all matrices of fewer bits are taken."""
-    size, found = cfg.awq_lite_group_size, []
-    passes = [f".{step.layer}" for step in layer_plan(cfg, looped=True)]
-    for m in matrices(cfg):
-        W, H = weights[m.name], hessians[m.source]
-        if grid_for(m.role, cfg).bits < cfg.awq_lite_bits:
-            seen = max(1, sum(m.source.endswith(layer) for layer in passes))  # inputs: x tokens
-            rms_in = (H.diagonal() / (seen * cfg.train_batch_tokens)).sqrt()
-            groups = (rms_in * W.abs().mean(0))[: W.shape[1] // size * size].view(-1, size).sum(1)
-            found += [(-g, m.name, i * size) for i, g in enumerate(groups.tolist())]
-    best = sorted(found)[: cfg.awq_lite_group_top_k]
-    return {name: torch.tensor(sorted(at for _, n, at in best if n == name), dtype=torch.int16)
-            for name in {name for _, name, _ in best}}
 
 
 def spread(starts: Tensor, size: int, cols: int) -> Tensor:
@@ -2688,7 +2669,7 @@ def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapp
 
     A row's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
     independent, E|dW|^2 = trace(H) mean g^2. What batch rows have in common is no noise: rows i of
-    both steps are subtracted, in any world size. Fisher's matrix stands for the loss's curvature."""
+    both steps are subtracted, in any world size. Fisher's matrix stands for the curvature."""
     found, params = matrices(model.cfg), dict(model.named_parameters())
     sums = [torch.zeros(matrix_of(params, m).shape[0], device=rt.device) for m in found]
     for pair in zip(rows.step(first_step), rows.step(first_step + 1), strict=True):
@@ -2723,24 +2704,26 @@ def water_level(deviations: Sequence[float], units: Sequence[float], counts: Seq
 
 
 def fill_budget(encode: Callable[[float], bytes], budget: int, weights: int, level: float,
-                slack: int = 2048, tries: int = 10) -> bytes:
-    """The longest of the tried encode(level) that is at most `budget` bytes; ends within `slack`.
-
-    An octave of all steps is worth a bit a weight at first, then what the last two tries say (the
-    sizes are noisy: within a factor of 4). UserError if no try fits."""
-    best, last, slope = b"", None, weights / 8
-    for _ in range(tries):
+                slack: int = 2048, tries: int = 24) -> bytes:
+    """The longest of the tried encode(level) that is at most `budget` bytes, or the shortest if
+    none is. Ends within `slack`, in a closed bracket, or where three in turn are equally long.
+    Guesses go by the last two tries (at first a bit a weight for an octave; sizes are noisy: within
+    a factor of 4); one outside the bracket halves it, and so does every third."""
+    best, sizes, slope, last, fine, coarse = None, [], weights / 8, level, -math.inf, math.inf
+    for k in range(tries):
         blob = encode(level)
-        if len(best) < len(blob) <= budget:
-            best = blob
-        if budget - slack < len(best) or last and last[1] == len(blob) < budget:  # or no finer
+        best = max(best or blob, blob, key=lambda x: (len(x) <= budget, -abs(budget - len(x))))
+        fits, sizes = len(blob) <= budget, [*sizes, len(blob)]
+        fine, coarse = (fine, min(level, coarse)) if fits else (max(level, fine), coarse)
+        if coarse < math.inf and (budget - slack < len(best) or 0 < coarse - fine < 1e-4
+                                  or fits and sizes[-3:] == 3 * sizes[-1:]):
             break
-        if last and last[0] != level:
-            slope = (last[1] - len(blob)) / (level - last[0])
-            slope = min(max(slope, weights / 32), weights / 2)
-        last = level, len(blob)
-        level += min(max((len(blob) - budget + slack / 2) / slope, -4), 4)
-    require(best, f"ARTIFACT_BUDGET_BYTES leaves {budget} bytes for the weights; raise it")
+        if level != last:
+            slope = min(max((sizes[-2] - sizes[-1]) / (level - last), weights / 32), weights / 2)
+        least, last = 0.005 * 2**k if coarse == math.inf else -4, level  # till one fits: coarser
+        level += min(max((len(blob) - budget + slack / 2) / slope, least, -4), 4)
+        if math.isfinite(coarse - fine) and (k % 3 == 2 or not fine < level < coarse):
+            level = (fine + coarse) / 2
     return best
 
 
@@ -2772,7 +2755,7 @@ def quantise_trellis(state: Mapping[str, Tensor], factors: Mapping[str, Factor],
         return {f"{m.name}.q": q, f"{m.name}.s": s, f"{m.name}.c": c}
 
     out = {"trellis": torch.tensor([cfg.trellis_states], dtype=torch.int16)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
         for part in pool.map(one, matrices(cfg)):
             out |= part
     return out
@@ -2784,13 +2767,11 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                 encode: Callable[[dict[str, Tensor]], bytes], log: Callable[[str], None]) -> bytes:
     """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = matrices(cfg)
     factors = {name: factorise(H, cfg.gptq_damp_factor, log) for name, H in hessians.items()}
-    units = [trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item()
-             for m in found]
-    weights = [matrix_of(state, m) for m in found]
-    counts = [W.numel() for W in weights]
-    spreads = [W.square().mean().sqrt().item() for W in weights]
+    units, counts, spreads = zip(*(
+        (trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item(), W.numel(),
+         W.square().mean().sqrt().item())
+        for m in matrices(cfg) for W in [matrix_of(state, m)]), strict=True)
 
     def attempt(level: float) -> bytes:
         blob = encode(quantise_trellis(state, factors, noise, level, cfg))
@@ -2800,7 +2781,7 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
     start = water_level(spreads, units, counts, 8 * budget)
     blob = fill_budget(attempt, budget, sum(counts), start)
     if budget - len(blob) > 2048:
-        log(f"trellis: {budget - len(blob)} bytes stay free: int8 symbols allow no finer steps")
+        log(f"trellis: {budget - len(blob)} bytes stay free: no finer steps were found that fit")
     return blob
 
 
@@ -2815,7 +2796,9 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors, found = dict(by_trellis or {}), {}, () if by_trellis else matrices(cfg)
     weights = {m.name: matrix_of(state, m) for m in found}
-    protected = protected_columns(weights, hessians, cfg) if found and cfg.awq_lite_enabled else {}
+    protected = {}
+    if found and cfg.awq_lite_enabled:
+        protected = extra("variants").protected_columns(weights, hessians, cfg)
     factor = functools.cache(lambda name: factorise(hessians[name], cfg.gptq_damp_factor, log))
     for m in found:
         W, grid, starts = weights[m.name], grid_for(m.role, cfg), protected.get(m.name)
@@ -3225,7 +3208,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
         # both ways are tried: for independent weights an order costs more than it saves
         if codec == "lrzip" and group in WALKED_ROLES and most <= WALK_ROWS:
             jobs.append((group, codec, "walked", arrays))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors let other threads run
+    with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
         for row, stored in pool.map(_encode_stream, jobs, itertools.repeat(states)):
             if row[0] not in best or len(stored) < len(best[row[0]][1]):
                 best[row[0]] = row, stored
@@ -3282,7 +3265,7 @@ def decode_artifact(blob: bytes, source: str, check: Callable = lambda meta, pie
         check(meta, {n: (dtype, shape) for n, kind, dtype, shape, *_ in pieces if kind != "order"})
         for order, of in itertools.pairwise(pieces):
             require(order[1] != "order" or order[3] == of[3][:1], f"piece {order[0]!r}: too long")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(numba.config.NUMBA_DEFAULT_NUM_THREADS) as pool:
             parts = list(pool.map(_decode_stream, *zip(*streams)))
     except UserError as error:
         raise UserError(f"{source}: {error}"[:400]) from error
@@ -3799,15 +3782,6 @@ def global_rows(tokens: np.ndarray, cfg: Config) -> Iterator[tuple[float, int, i
             yield lr, c * size + s * length, count
 
 
-def frozen_gradients(model: GPT, blocks: int) -> Iterator[Tensor]:
-    """The gradients of the first `blocks` blocks, of their matrices inside the banks too."""
-    for name, p in model.named_parameters():
-        if name.endswith("_bank"):
-            yield p.grad.unflatten(0, (-1, model.cfg.num_layers))[:, :blocks]
-        elif name.startswith("blocks.") and int(name.split(".")[1]) < blocks:
-            yield p.grad
-
-
 def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
                    rt: Runtime) -> int:
     """One pass of SGD, or of AdamW (0.9, 0.999) without decay, on ALL base weights over documents
@@ -3830,8 +3804,8 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
             loss.backward()
         for p in params:
             rt.sum_(p.grad)
-        for grad in frozen_gradients(model, cfg.ttt_freeze_blocks):
-            grad.zero_()
+        if cfg.ttt_freeze_blocks:
+            extra("variants").freeze(model, cfg.ttt_freeze_blocks)
         if cfg.global_ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
         optimiser.param_groups[0]["lr"] = lr
@@ -3900,9 +3874,9 @@ def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runti
     places = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
     nats, order = rt.sum_(meter.kept).cpu().numpy()[places], np.empty(len(places), np.int64)
     order[np.argsort(places, kind="stable")] = np.arange(len(places))
-    record = {name: rt.record.get(name) for name in ("program_sha256", "data", "settings")}
-    meta = {**record, "artifact_sha256": artifact, "world": rt.world, "val_loss": score.loss,
-            "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes}
+    meta = {"artifact_sha256": artifact, "world": rt.world, "val_loss": score.loss,
+            "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes,
+            **{name: rt.record.get(name) for name in ("program_sha256", "data", "settings")}}
     if rt.rank == 0:
         np.savez_compressed(file := io.BytesIO(), nats=nats, bytes=val.bytes[1:], order=order,
                             document=np.repeat(np.arange(len(documents), dtype=np.int32),
@@ -4104,7 +4078,7 @@ class ScoreRules:
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
     """The rules that the settings ask for, if any."""
-    if cfg.variants:
+    if cfg.slot_enabled or cfg.ngram_mixer or cfg.word_experts:
         return extra("variants").Rules(cfg, rt, model, val)
     return ScoreRules(cfg, rt, model, val) if cfg.ngram_tilt_enabled else None
 
@@ -4126,11 +4100,20 @@ def lr_factor(f: float, cfg: Config) -> float:
     return max((1 - f) / cfg.warmdown_frac, cfg.min_lr)
 
 
-def muon_momentum(step: int, cfg: Config) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START over MUON_MOMENTUM_WARMUP_STEPS."""
-    share = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
-    start = cfg.muon_momentum_warmup_start
-    return start + share * (cfg.muon_momentum - start)
+def rates(step: int, f: float, changed_at: float, cfg: Config) -> tuple[float, float, float]:
+    """Learning-rate multiplier, Muon's momentum and the average's decay of a step at fraction f; of
+    a _FRAC and its count in steps the count counts where the part is 0. The multiplier rises after
+    a change of length; the average's horizon is 1 / (1 - decay) steps."""
+    def steps(part: float, count: float) -> float:  # f of all steps are done
+        return part * step / max(f, 1e-9) if part else count
+
+    rise = steps(cfg.seq_change_warmup_frac, cfg.seq_change_warmup_steps)
+    rise = min(1.0, (step + 1 - changed_at) / max(1, rise))
+    warm = steps(cfg.muon_momentum_warmup_frac, cfg.muon_momentum_warmup_steps)
+    start, warm = cfg.muon_momentum_warmup_start, min(1.0, step / max(1, warm))
+    horizon = max(2.0, steps(cfg.ema_horizon_frac, 0))
+    decay = 1 - 1 / horizon if cfg.ema_horizon_frac else cfg.ema_decay
+    return rise * lr_factor(f, cfg), start + warm * (cfg.muon_momentum - start), decay
 
 
 def is_looped(f: float, cfg: Config) -> bool:
@@ -4212,13 +4195,12 @@ class SyntheticRows:
         """One row [1/8 of a step's tokens] on the device, cut into at most `longest` tokens."""
         ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
         ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
-        longest = longest or self.cfg.train_seq_len
-        return [make_row(ids[:-1], ids[1:], longest, self.rt.device)]
+        return [make_row(ids[:-1], ids[1:], longest or self.cfg.train_seq_len, self.rt.device)]
 
 
 def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
     """cfg with the seconds that calibration will take, measured on synthetic ids, in
-    GPTQ_RESERVE_SECONDS where that is below 0; 10% more than measured."""
+    GPTQ_RESERVE_SECONDS where that is below 0; 10% and half a second more than measured."""
     if not cfg.max_wallclock_seconds or cfg.gptq_reserve_seconds >= 0 or cfg.prequant_only:
         return replace(cfg, gptq_reserve_seconds=max(0.0, cfg.gptq_reserve_seconds))
     rows, clock = SyntheticRows(cfg, rt), []
@@ -4229,9 +4211,8 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
         if cfg.quantiser == "tcq":
             sensitivities(model, rows, 0, hessians, rt)
         clock.append(rt.seconds())
-    share = 1.1 * 8 / rt.world  # of the rows of a step
-    seconds = share * (cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1])
-    seconds = rt.sync_clock(seconds)
+    seconds = cfg.gptq_calibration_batches * (clock[1] - clock[0]) + clock[2] - clock[1]
+    seconds = rt.sync_clock(0.5 + 1.1 * 8 / rt.world * seconds)  # of all rows of a step
     rt.log(f"calibration: {seconds:.1f}s of training reserved")
     require(seconds <= cfg.max_wallclock_seconds / 2, f"calibration needs {seconds:.0f}s of "
             f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower GPTQ_CALIBRATION_BATCHES")
@@ -4239,17 +4220,24 @@ def reserve(model: GPT, cfg: Config, rt: Runtime) -> Config:
 
 
 def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> None:
-    """Compile and warm every shape on synthetic ids, then put weights and moments back."""
+    """Run every shape of training on synthetic ids: met, recorded and replayed. Then weights and
+    moments are put back, and nothing more is recorded: rows of other shapes run as they come."""
     if not cfg.warmup_steps or rt.device.type != "cuda":
         return
     started, state = rt.seconds(), {k: v.clone() for k, v in model.state_dict().items()}
-    rows = SyntheticRows(cfg, rt)
+    rows, ema = SyntheticRows(cfg, rt), Ema(model, 0.5)
     for longest, looped in train_shapes(cfg):
         for step in range(cfg.warmup_steps):
             run_step(model, rows.step(step, longest) * rt.accumulation, looped, optimisers, 1.0,
                      cfg.muon_momentum)
+            ema.update()
+    rows = SyntheticRows(replace(cfg, train_batch_tokens=cfg.val_batch_tokens), rt)
+    with torch.no_grad():
+        for row in rows.step(0, cfg.eval_seq_len):
+            model(row.ids, row.targets, row.segments, True)
     model.load_state_dict(state)
     optimisers.reset()
+    optimisers.recorder.sealed = cfg.warmup_steps > 1
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
 
 
@@ -4263,11 +4251,11 @@ class Watch:
     def keep(self, step: int) -> None:
         self.step, self.weights = step, [w.clone() for w in self.ema.average]
 
-    def check(self, loss_and_norm: Tensor, step: int) -> float:
-        """The loss; the norm is of all ranks, so that all of them stop together."""
-        loss, norm = loss_and_norm.tolist()
+    def check(self, loss_and_norm: Tensor | None, step: int) -> None:
+        """UserError unless both are finite; the norm is of all ranks: they stop together."""
+        loss, norm = (0.0, 0.0) if loss_and_norm is None else loss_and_norm.tolist()
         if math.isfinite(norm) and (math.isfinite(loss) or self.rt.world > 1):
-            return loss
+            return
         kept = "nothing was kept (no good average yet)"
         if self.weights:
             names = [name for name, _ in self.model.named_parameters()]
@@ -4279,38 +4267,53 @@ class Watch:
                         "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data")
 
 
-def start_clock(cfg: Config) -> dict[str, float]:
-    """What the loop below must know to go on, and a checkpoint keeps: before the first step."""
-    return {"step": 0, "seconds": 0.0, "changed_at": -cfg.seq_change_warmup_steps,
-            "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
-
-
-def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> tuple[int, float]:
-    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps and
-    the seconds that calibration has left of the budget. A step's loss is checked during the next
-    one, without a pause."""
-    optimisers = Optimisers(model, cfg, rt)
+def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
+    """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps."""
+    optimisers, keeper = Optimisers(model, cfg, rt), rt.keeper
     warm_up(model, optimisers, cfg, rt)
-    ema, keeper = Ema(model, cfg.ema_decay), rt.keeper
-    clock = start_clock(cfg) | (keeper.restore_training(model, optimisers, ema) if keeper else {})
-    first, spent, changed_at, rows.longest, reserved = clock.values()
-    cfg = replace(cfg, gptq_reserve_seconds=reserved)
-    batches = prefetch(rows.step, first)
-    bar = progress_bar(cfg.iterations, rt, "train", "step")
+    ema = Ema(model, cfg.ema_decay)
+    clock = {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
+             "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
+    clock |= keeper.restore_training(model, optimisers, ema) if keeper else {}
+    cfg = replace(cfg, gptq_reserve_seconds=clock["reserve"])
+    told, recorder = extra("calibrate", needed=False), optimisers.recorder
+    before = told and told.graphs(recorder)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection would hold a step up
+    marks, changes = run_steps(model, rows, val, cfg, rt, optimisers, ema, clock)
+    gc.enable()
+    rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3)}
+    if told:
+        told.report(marks, changes, clock["waited"], told.graphs(recorder) - before, recorder, rt)
+    ema.swap_in()
+    if keeper:
+        keeper.mark("trained", model, clock["step"])
+    return clock["step"]
+
+
+def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime,
+              optimisers: Optimisers, ema: Ema, clock: dict[str, float]) -> tuple[list, list]:
+    """The steps from clock["step"] on; leaves in the clock what was spent. Returns the seconds
+    before each step and the steps that begin a stage. A step's loss is checked during the next."""
+    first, rows.longest, keeper = clock["step"], clock["longest"], rt.keeper
+    rows.step(first)  # off the disk before the clock starts
+    batches, bar = prefetch(rows.step, first), progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
-    resumed, looped, result = rt.seconds(), False, None
+    looped, result, marks, changes = False, None, [], [first]
+    lag, resumed = 2 if rt.device.type == "cuda" else 1, rt.seconds()
     for step in itertools.count(first):
-        seconds = rt.sync_clock(spent + time.perf_counter() - resumed)
+        seconds = rt.sync_clock(clock["seconds"] + time.perf_counter() - resumed)
+        marks.append(seconds)
         if keeper and keeper.due(seconds):
-            if result is not None:
-                watch.check(result, step)
-            clock |= dict(step=step, seconds=seconds, changed_at=changed_at, longest=rows.longest)
-            keeper.save_training(model, optimisers, ema, clock)
-        f = progress(step, seconds, cfg)
-        timed = cfg.max_wallclock_seconds and not cfg.force_stop_step
-        last = step in (cfg.iterations, cfg.force_stop_step or None) or timed and f >= 1
+            watch.check(result, step)
+            keeper.save_training(model, optimisers, ema, clock | {"step": step, "seconds": seconds})
+        f, timed = progress(step, seconds, cfg), cfg.max_wallclock_seconds
+        ahead = lag * float(np.median(np.diff(marks[-6:]))) if step > first else 0.0
+        last = step in (cfg.iterations, cfg.force_stop_step or None) or (  # no time for another
+            timed and not cfg.force_stop_step and progress(step, seconds + ahead, cfg) >= 1)
         if last or (step and cfg.val_loss_every and step % cfg.val_loss_every == 0):
-            spent += rt.seconds() - resumed
+            clock["seconds"] += rt.seconds() - resumed
             score = evaluate(model, val, cfg, rt)
             rt.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
             resumed = rt.seconds()
@@ -4318,38 +4321,38 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
             break
         if looped != is_looped(f, cfg):
             looped = not looped
+            changes.append(step)
             rt.log(f"layer_loop:{'on' if looped else 'off'} step:{step} frac:{f:.3f}")
         if rows.longest != stage_length(f, cfg):  # what is prefetched is cut for the last stage
             batches.close()
-            rows.longest, changed_at = stage_length(f, cfg), step
+            rows.longest = clock["longest"] = stage_length(f, cfg)
+            clock["changed_at"] = step
+            changes.append(step)
             batches = prefetch(rows.step, step)
             rt.log(f"growth_stage:seq_len:{rows.longest} progress:{f:.3f} step:{step}")
-        rise = min(1.0, (step + 1 - changed_at) / max(1, cfg.seq_change_warmup_steps))
-        before = result
-        result = run_step(model, next(batches), looped, optimisers, rise * lr_factor(f, cfg),
-                          muon_momentum(step, cfg))
+        before, asked = result, time.perf_counter()
+        batch = next(batches)
+        clock["waited"] += time.perf_counter() - asked
+        lr, momentum, ema.decay = rates(step, f, clock["changed_at"], cfg)
+        result = run_step(model, batch, looped, optimisers, lr, momentum)
         ema.update()
         bar.update()
-        if before is not None:
-            watch.check(before, step)
+        watch.check(before, step)
         if (step + 1) % cfg.train_log_every == 0 or step < 5:
             loss = rt.sum_(result[:1].clone()).item() / rt.world
             watch.check(result, step + 1)
             watch.keep(step + 1)
-            s = spent + rt.seconds() - resumed
+            s = clock["seconds"] + rt.seconds() - resumed
             rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {s / 60:.1f}m "
                    f"tok/s: {(step + 1) * cfg.train_batch_tokens / s:.0f} seconds: {s:.1f} left: "
                    f"{s / max(progress(step + 1, s, cfg), (step + 1) / cfg.iterations) - s:.0f}s")
     batches.close()
     bar.close()
-    if result is not None:
-        watch.check(result, step)
-    rt.log(f"training stopped: train_time: {1000 * spent:.0f}ms step: {step}/{cfg.iterations}")
-    rt.record["training"] = {"steps": step, "seconds": round(spent, 3)}
-    ema.swap_in()
-    if keeper:
-        keeper.mark("trained", model, step)
-    return step, (cfg.max_wallclock_seconds or math.inf) - spent
+    watch.check(result, step)
+    clock["step"] = step
+    rt.log(f"training stopped: train_time: {1000 * clock['seconds']:.0f}ms "
+           f"step: {step}/{cfg.iterations}")
+    return marks, changes
 
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -4380,7 +4383,7 @@ def load_state(model: GPT, path: Path, log: Callable[[str], Any] = str) -> None:
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
-MODES = {"audit": "finished", "sample": "sample"}  # argument: the module beside this file
+MODES = {"audit": "finished", "sample": "sample", "calibrate": "calibrate"}  # argument: module
 PROGRAM_DIGEST = hashlib.sha256(__program__).hexdigest()  # of what runs, as it was at the start
 
 
@@ -4416,7 +4419,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     rows, val = load_train(cfg, rt), load_val(cfg)
     rt.log(f"train_tokens: {len(rows.stream)} val_tokens: {len(val.ids) - 1} "
            f"val_bytes: {int(val.bytes[1:].sum())} data: {data_folder(cfg)}")
-    step, free = 0, math.inf
+    step = 0
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE, rt.log)
     elif rt.keeper and rt.keeper.stage == "trained":
@@ -4426,7 +4429,7 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
             load_state(model, Path(cfg.init_from), rt.log)
         timed = reserve(model, cfg, rt)
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
-            step, free = train(model, rows, val, timed, rt)
+            step = train(model, rows, val, timed, rt)
         if rt.rank == 0:
             save_state(model.state_dict(), folder / MODEL_FILE)
     timed_evaluation("diagnostic pre-quantization post-ema", model, val, cfg, rt)
@@ -4438,9 +4441,9 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
         noise = sensitivities(model, rows, step, hessians, rt)
     took = rt.record["calibration_seconds"] = round(rt.seconds() - started, 3)
     rt.log(f"calibration: {cfg.gptq_calibration_batches} batches {took:.1f}s")
-    if took > free:
-        rt.log(f"warning: training and calibration took {took - free:.1f}s more than "
-               f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
+    free = cfg.max_wallclock_seconds - rt.record.get("training", {}).get("seconds", -math.inf)
+    if cfg.max_wallclock_seconds and took > free:  # of the run before it was resumed, too
+        rt.log(f"warning: calibration took longer than reserved: {took:.2f}s of {free:.2f}s left")
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
@@ -4511,7 +4514,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
         cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
     rt = start_runtime(environ)
     folder, scores = Path(cfg.artifact_dir or "."), Path(cfg.scores_path)
-    require(scores.parent.is_dir(), f"SCORES_PATH={scores}: no such folder; make it first")
+    require(not cfg.scores_path or scores.suffix == ".npz" and scores.parent.is_dir(),
+            f"SCORES_PATH={scores}: must be a FILE.npz in a folder that exists")
     kind = "-audit" if audit else "-rescoring" * cfg.ttt_eval_only  # no litter beside the artifact
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{kind}"
     beside = cfg.artifact_dir and (cfg.run_id or not kind)

@@ -1,13 +1,13 @@
-"""What no default of train_gpt.py takes into a score: SLOT, n-gram mixers, the tilt's word experts
-and a second pass. Presets of published entries do; some of it the challenge refuses
-(ALLOW_ILLEGAL=1).
+"""What no default of train_gpt.py takes: SLOT, n-gram mixers, the tilt's word experts, a second
+pass; AWQ-lite. Presets of published entries do; some of it the challenge refuses (ALLOW_ILLEGAL=1).
 
-train_gpt.py loads this file where a setting asks for it; then it is packed and counted with it."""
+train_gpt.py loads this file where a setting asks for it. Where the score takes it, it is packed and
+counted with the program."""
 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +236,15 @@ class Rules(t.ScoreRules):
         return mix(losses, logp, *found, place, cfg) if cfg.ngram_mixer else losses
 
 
+def freeze(model: t.GPT, blocks: int) -> None:
+    """TTT_FREEZE_BLOCKS: no gradient for the first blocks, nor for their matrices in the banks."""
+    for name, p in model.named_parameters():
+        if name.endswith("_bank"):
+            p.grad.unflatten(0, (-1, model.cfg.num_layers))[:, :blocks].zero_()
+        elif name.startswith("blocks.") and int(name.split(".")[1]) < blocks:
+            p.grad.zero_()
+
+
 def first_pass(model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) -> None:
     """Illegal: learn from all documents, and from TTT_SECOND_PASS_FRAC of them once more at a tenth
     of the rate, before anything counts. idea: #1430; there a first pass scores, to no effect."""
@@ -243,3 +252,26 @@ def first_pass(model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) -> Non
     for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
         t.train_globally(model, documents[: math.ceil(part * len(documents))], val,
                          replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
+
+
+# ---- quantisation
+
+
+def protected_columns(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                      cfg: t.Config) -> dict[str, Tensor]:
+    """AWQ-lite (#1908): first columns of the groups that get AWQ_LITE_BITS, by matrix.
+
+    A column's importance is the RMS of its input, from diag(H), times its mean |w|; a group's is
+    the sum, and the AWQ_LITE_GROUP_TOP_K best of all matrices of fewer bits are taken."""
+    size, found = cfg.awq_lite_group_size, []
+    passes = [f".{step.layer}" for step in t.layer_plan(cfg, looped=True)]
+    for m in t.matrices(cfg):
+        W, H = weights[m.name], hessians[m.source]
+        if t.grid_for(m.role, cfg).bits < cfg.awq_lite_bits:
+            seen = max(1, sum(m.source.endswith(layer) for layer in passes))  # inputs: x tokens
+            rms_in = (H.diagonal() / (seen * cfg.train_batch_tokens)).sqrt()
+            groups = (rms_in * W.abs().mean(0))[: W.shape[1] // size * size].view(-1, size).sum(1)
+            found += [(-g, m.name, i * size) for i, g in enumerate(groups.tolist())]
+    best = sorted(found)[: cfg.awq_lite_group_top_k]
+    return {name: torch.tensor(sorted(at for _, n, at in best if n == name), dtype=torch.int16)
+            for name in {name for _, name, _ in best}}

@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
+from caseops.processors import processors
 
 
 def hessian(n: int, rng: np.random.Generator) -> torch.Tensor:
@@ -146,11 +147,11 @@ def main() -> None:
     parser.add_argument("--compressors", default=",".join(t.COMPRESSORS))
     parser.add_argument("--save", type=Path, help="keep the tensors in this .npz")
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", processors())))
     tensors, roles, source = load(args.file, t.Config.from_env(os.environ))
     bound, integers = order0(tensors, roles), sum(tensors[k].size for k in roles)
     print(f"{source}: {integers:,} integers in {len(roles)} matrices; order-0 bound of the "
-          f"integers {bound:,.0f} bytes; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+          f"integers {bound:,.0f} bytes; {processors()} cores, load {os.getloadavg()[0]:.1f}")
     print("| compressor | bytes | matrices | to the bound | write s (CPU) | read s (CPU) | MiB "
           "(children) |\n|---|--:|--:|--:|--:|--:|--:|")
     context, reports = multiprocessing.get_context("spawn"), {}

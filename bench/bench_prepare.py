@@ -12,7 +12,6 @@ reference alternating, with the spread; what they return is compared. MB: 10^6 b
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from caseops.encoder import Encoder  # noqa: E402
 from caseops.export import batches  # noqa: E402
+from caseops.processors import processors  # noqa: E402
 from caseops.sources import Document  # noqa: E402
 from tests.plain_caseops import plain_counts, plain_ids  # noqa: E402
 
@@ -92,7 +92,7 @@ def main():
     p.add_argument("--prime", type=float, default=100, help="MB met before (default %(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="parts timed (default %(default)s)")
     args = p.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, one used; Python "
+    print(f"{platform.machine()}, {processors()} cores, one used; Python "
           f"{platform.python_version()}, sentencepiece {sentencepiece.__version__}")
     documents = read(args.docs, args.prime + 7 * args.repeats)
     primer, held_out = split(documents, args.prime)

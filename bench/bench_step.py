@@ -14,11 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
+from calibrate import synthetic_row
+from caseops.processors import processors
 
 REPEATS = int(os.environ.get("REPEATS", 20))
 PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
@@ -50,15 +51,6 @@ def timed(rt: t.Runtime, work, repeats: int = REPEATS, behind=None) -> tuple[flo
     return statistics.median(samples), tenths[8] - tenths[0]
 
 
-def synthetic_row(cfg: t.Config, rt: t.Runtime, seed: int = 0) -> t.Row:
-    """Random ids; documents of log-normal length, about 950 tokens in the mean as in FineWeb."""
-    rng, length = np.random.default_rng(seed), cfg.train_batch_tokens // 8 + 1
-    ids = rng.integers(2, cfg.vocab_size, length)
-    begins = np.cumsum(rng.lognormal(6.35, 1.0, length).astype(int) + 2)
-    ids[begins[begins < length]] = ids[0] = t.BOS
-    return t.make_row(ids[:-1], ids[1:], cfg.train_seq_len, rt.device)
-
-
 def flops(cfg: t.Config, row: t.Row, looped: bool) -> float:
     """Operations of forward and backward: 6 a weight and token, and attention's causal products."""
     tokens, d = row.ids.numel(), cfg.model_dim
@@ -84,7 +76,7 @@ def main() -> None:
     rt = t.start_runtime(os.environ)
     attention = t.choose_attention(rt.device, rt.dtype, cfg.attention)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
-    rt.log(f"{rt.world} x {name}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+    rt.log(f"{rt.world} x {name}, {processors()} cores, Python {platform.python_version()}, "
            f"torch {torch.__version__}, attention {attention.reason}")
     started = time.perf_counter()
     model = t.make_model(cfg, rt, attention)

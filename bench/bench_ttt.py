@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
+from calibrate import document_lengths
 
 REPEATS = int(os.environ.pop("REPEATS", 3))
 
@@ -38,7 +39,7 @@ REPEATS = int(os.environ.pop("REPEATS", 3))
 def synthetic_val(cfg: t.Config, documents: int, seed: int = 0) -> t.ValSet:
     """Random ids in documents of log-normal length."""
     rng = np.random.default_rng(seed)
-    lengths = rng.lognormal(6.35, 1.0, documents).astype(int) + 2
+    lengths = document_lengths(documents, seed)
     ids = rng.integers(2, cfg.vocab_size, lengths.sum())
     ids[np.cumsum(lengths) - lengths] = t.BOS
     return t.ValSet(ids, np.where(ids == t.BOS, 0, 4).astype(np.int32))

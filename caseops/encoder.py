@@ -1,7 +1,6 @@
 """Text -> token ids and the original bytes of each; training a tokenizer that loses nothing."""
 
 import io
-import os
 import re
 
 import numpy as np
@@ -9,6 +8,7 @@ import sentencepiece
 
 import lossless_caps as caps
 from caseops import BOS, COUNT_LIMIT, SPACE_MARK, UserError
+from caseops.processors import processors
 
 try:
     from caseops.segments import SegmentCache
@@ -50,7 +50,7 @@ class Encoder:
             raise UserError(f"{name}: not a SentencePiece model ({e}); give --sp another file, or "
                             "use --train-tokenizer") from None
         self.size = len(self.sp)
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or processors()
         pieces = [self.sp.id_to_piece(i) for i in range(self.size)]
         self._require(name, pieces)
         self.textless = np.array([i for i in range(self.size)  # control pieces and the unknown one

@@ -1,11 +1,14 @@
 """§2 Runtime: one process is the identity, the world divides 8, rank 0 alone writes."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import calibrate
 import reliability
 import train_gpt as t
 from tests.tools import ROOT, TINY, launch
@@ -134,3 +137,39 @@ def test_a_recorded_function_is_replayed_on_new_inputs():
         result = recorder("key", lambda x: calls.append(1) or x * 2, [x])
         assert result.tolist() == [2.0 * n] * 3
     assert len(calls) == 2  # at once, and while recording
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
+def test_a_sealed_recorder_records_nothing_more():
+    recorder, x = t.Recorder(True), torch.ones(3, device="cuda")
+    for _ in range(3):
+        recorder("known", lambda x: x * 2, [x])
+    recorder("met once", lambda x: x * 3, [x])
+    recorder.sealed, graphs = True, calibrate.graphs(recorder)
+    for key, factor in (("known", 2), ("met once", 3), ("new", 4)) * 3:
+        assert recorder(key, lambda x, n=factor: x * n, [x]).tolist() == [factor] * 3
+    assert calibrate.graphs(recorder) == graphs and recorder.loose == 6
+
+
+def test_processors_are_those_that_this_process_may_use(monkeypatch, tmp_path):
+    """The affinity's, and no more than the quota of its cgroup."""
+    from caseops import processors as tools
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+        patch.setattr(sys, "platform", "linux")
+        read = Path.read_text
+        for text, want in (("max 100000", 6), ("200000 100000", 2), ("250000 100000", 2),
+                           ("50000 100000", 1), ("6400000 100000", 6), ("", 6)):
+            patch.setattr(Path, "read_text", lambda path, *a, text=text, **k: (
+                text if path.name == "cpu.max" else read(path, *a, **k)))
+            assert tools.processors() == want
+    assert 1 <= tools.processors() <= os.cpu_count()
+
+
+def test_nobody_counts_the_machines_processors():
+    paths = [path for part in ("", "caseops/", "bench/", "tests/") for path in ROOT.glob(
+        f"{part}*.py")]
+    users = [path.name for path in paths if "cpu_count()" in path.read_text()]
+    assert sorted(users) == ["processors.py", "test_02_runtime.py"]

@@ -614,15 +614,52 @@ def test_the_budget_is_filled_and_never_passed(start, scale):
 
 
 def test_budgets_out_of_reach():
+    """Finer than the finest ends at once; shorter than the shortest is that one, without error."""
     calls = []
 
     def finest(level):
         calls.append(level)
-        return bytes(1000)
+        return bytes(max(1000 - int(100 * max(level, 0)), 500))
 
-    assert len(t.fill_budget(finest, 10**6, 1000, 0.0)) == 1000 and len(calls) == 2
-    with pytest.raises(t.UserError, match="ARTIFACT_BUDGET_BYTES"):
-        t.fill_budget(finest, 900, 1000, 0.0)
+    assert len(t.fill_budget(finest, 10**6, 1000, 0.0)) == 1000 and len(calls) == 3
+    assert len(t.fill_budget(finest, 400, 1000, 0.0)) == 500 and len(calls) < 30
+    assert len(t.fill_budget(finest, -5, 1000, 3.0)) == 500
+
+
+def smooth(level):
+    return 36e6 / 8 * 0.5 * math.log2(1 + 4**-min(max(level, -20.0), 200.0) / 0.26) + 40_000
+
+
+SIZES = {  # bytes at a level
+    "steps of an octave": lambda x: smooth(math.floor(x)),
+    "steps of a third, at odd places": lambda x: smooth(math.floor(3 * x + 0.7) / 3),
+    "noise of 20 kB": lambda x: smooth(x) + 20_000 * math.sin(1e6 * x),
+    "one cliff": lambda x: 30e6 if x < 0.123456 else 1e6,
+    "a plateau over the budget": lambda x: max(smooth(x), 16e6 if x < 5 else 15e6),
+    "not monotone": lambda x: smooth(x) + 3e5 * math.sin(40 * x),
+    "nearly flat": lambda x: 16.2e6 - 1e5 * x,
+    "steep": lambda x: 16e6 * 2.0 ** (-30 * (x + 2)),
+}
+
+
+@pytest.mark.parametrize("start", [-6.0, -2.0, 0.0, 3.0])
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_level_that_fits_is_always_found(kind, start):
+    """Whatever the sizes do: never an error, and near the budget where a level is."""
+    budget, tried = 15_960_000, {}
+
+    def encode(level):
+        tried[level] = 1 + min(int(SIZES[kind](level)), 200_000_000)
+        return bytes(tried[level])
+
+    size = len(t.fill_budget(encode, budget, 36_000_000, start))
+    assert size == max(x for x in tried.values() if x <= budget)
+    assert len(tried) <= 24
+    best = max(x for x in (int(SIZES[kind](k / 512)) for k in range(-4096, 4096)) if x <= budget)
+    if kind in ("noise of 20 kB", "steep"):
+        assert size > 0.99 * budget
+    elif kind != "not monotone":
+        assert size >= 0.99 * best
 
 
 class Rows:

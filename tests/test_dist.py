@@ -9,7 +9,16 @@ import torch
 from tests.tools import NO_GPU, TINY, launch, said, write_data
 
 pytestmark = pytest.mark.dist
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+def torchrun(world):
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"
+
+
+TORCHRUN = torchrun(2)
+
+# Two ranks add as one does. Eight ranks' sums are rounded in another order, and the bfloat16 of
+# Muon makes more of that from step to step.
+WORLDS, ROUNDING = (2, 8), {2: 1e-5, 8: 2e-3}
 
 # The program itself, and what it computes inside, in full precision.
 DRIVER = """
@@ -53,14 +62,14 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What 1 and 2 processes saw in 20 steps, and their folders."""
+    """What 1, 2 and 8 processes saw in 20 steps, and their folders."""
     from tests.tools import ROOT
 
     folder, found = tmp_path_factory.mktemp("dist"), {}
     data = write_data(folder / "data", train_tokens=12000)
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     settings = {**TINY, **NO_GPU, "DATA_PATH": data, "ITERATIONS": 20, "RUN_ID": "log"}
-    for world, launcher in ((1, ()), (2, TORCHRUN)):
+    for world, launcher in ((1, ()), (2, TORCHRUN), (8, torchrun(8))):
         place = folder / str(world)
         place.mkdir()
         run = launch({**settings, "ARTIFACT_DIR": place}, place, folder / "driver.py", launcher)
@@ -69,31 +78,39 @@ def runs(tmp_path_factory):
     return found
 
 
-def test_losses_of_20_steps(runs):
-    one, two = runs[1][0], runs[2][0]
+@pytest.mark.parametrize("world", WORLDS)
+def test_losses_of_20_steps(runs, world):
+    one, two = runs[1][0], runs[world][0]
     assert len(one["losses"]) == len(two["losses"]) == 20
     worst = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
-    assert worst < 1e-5, json.dumps([one["losses"], two["losses"]])
+    assert abs(one["losses"][1] - two["losses"][1]) < 1e-5
+    assert worst < ROUNDING[world], json.dumps([one["losses"], two["losses"]])
     assert one["losses"][-1] < one["losses"][0] - 1
     for a, b in zip(one["norms"], two["norms"], strict=True):
-        assert math.isclose(a, b, rel_tol=1e-5)
+        assert math.isclose(a, b, rel_tol=10 * ROUNDING[world])
 
 
-def test_validation(runs):
-    (loss, bpb, tokens, size), (loss2, bpb2, tokens2, size2) = (runs[n][0]["val"] for n in (1, 2))
+@pytest.mark.parametrize("world", WORLDS)
+def test_validation(runs, world):
+    (loss, bpb, tokens, size), (loss2, bpb2, tokens2, size2) = (
+        runs[n][0]["val"] for n in (1, world))
     assert (tokens, size) == (tokens2, size2)
-    assert math.isclose(loss, loss2, abs_tol=1e-5) and math.isclose(bpb, bpb2, abs_tol=1e-5)
+    assert loss == pytest.approx(loss2, abs=ROUNDING[world])
+    assert bpb == pytest.approx(bpb2, abs=ROUNDING[world])
 
 
-def test_hessians_are_summed_over_ranks(runs):
-    one, two = runs[1][0]["hessians"], runs[2][0]["hessians"]
+@pytest.mark.parametrize("world", WORLDS)
+def test_hessians_are_summed_over_ranks(runs, world):
+    one, two = runs[1][0]["hessians"], runs[world][0]["hessians"]
     assert one.keys() == two.keys()
     for name, H in one.items():
-        assert (H - two[name]).norm() < 1e-5 * H.norm(), name
+        # of weights that went apart for 20 steps: a rank left out would be an eighth
+        assert (H - two[name]).norm() < (1e-5 if world == 2 else 0.1) * H.norm(), name
 
 
-def test_test_time_training_scores_everything_once(runs):
-    one, two = (runs[n][0]["ttt"] for n in (1, 2))
+@pytest.mark.parametrize("world", WORLDS)
+def test_test_time_training_scores_everything_once(runs, world):
+    one, two = (runs[n][0]["ttt"] for n in (1, world))
     assert one[2:] == two[2:] and one[2] == runs[1][0]["val"][2]
     assert abs(one[0] - two[0]) < 0.1
 

@@ -135,8 +135,8 @@ def test_plain_scores_stand_in_the_streams_order(program, tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"SCORES_PATH": "scores.txt"}, "SCORES_PATH must end in .npz"),
-    ({"SCORES_PATH": "none/such/scores.npz"}, "no such folder"),
+    ({"SCORES_PATH": "scores.txt"}, "must be a FILE.npz"),
+    ({"SCORES_PATH": "none/such/scores.npz"}, "in a folder that exists"),
     ({"SCORES_FILE": "scores.npz"}, "SCORES_FILE: no such setting")])
 def test_mistakes_are_said_before_anything_runs(program, settings, words):
     code, _, err = program(**settings)
