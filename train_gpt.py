@@ -4569,7 +4569,7 @@ def main(age: float = 0.0) -> int:
         if mode in MODES:
             extra(MODES[mode]).main(rest)
         elif {"--help", "-h"} & {mode, *rest}:
-            print(extra("preset").help_text())
+            extra("preset").print_help()
         else:
             require(not mode, f"{mode}: settings are environment variables; see --help")
             run(os.environ, age)
