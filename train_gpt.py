@@ -94,7 +94,7 @@ def setting(default: Any, text: str, lo: float | None = None, hi: float | None =
     return field(default=default, metadata={"help": text, "lo": lo, "hi": hi, "choices": choices})
 
 
-ATTENTION_CHOICES = ("auto", "fa4", "fa3", "varlen", "sdpa", "ref")
+ATTENTION_CHOICES = ("auto", "fa4", "varlen", "sdpa", "ref")
 
 
 @dataclass(frozen=True)
@@ -695,21 +695,14 @@ except ImportError:  # without Triton the kernels stay plain functions that noth
     triton, jit = None, lambda kernel: kernel
 
 
-def use_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on `device`: CUDA from sm80, or the CPU under the interpreter.
-
-    TRITON_INTERPRET=1, set before this file is imported, runs the same kernels on a CPU (tests).
-    """
-    if triton is None:
-        return False
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def fused(x: Tensor) -> bool:
-    """Whether the kernels take x: a GPU (or the interpreter) and a type of 2 or 4 bytes."""
-    return use_triton(x.device) and x.element_size() in (2, 4)
+    """Whether the kernels take x: of 2 or 4 bytes an element, on CUDA from sm80 or on the CPU under
+    the interpreter (tests: TRITON_INTERPRET=1, set before this file is imported)."""
+    if triton is None or x.element_size() not in (2, 4):
+        return False
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _programs(x: Tensor, tiles: int, each: int) -> int:
@@ -728,9 +721,10 @@ def softcap(z: Tensor, cap: "float | Tensor") -> Tensor:
     return cap * torch.tanh(z / cap)
 
 
-def softcap_cross_entropy_ref(z: Tensor, targets: Tensor, cap: "float | Tensor") -> Tensor:
-    """z [N, V] raw logits, targets [N] int64 -> losses [N] float32, in nats."""
-    return F.cross_entropy(softcap(z, cap), targets, reduction="none")
+def softcap_cross_entropy_ref(z: Tensor, targets: Tensor, cap: "float | Tensor",
+                              w: Tensor | None = None) -> Tensor:
+    """z [N, V] raw logits, or z w^T, targets [N] int64 -> losses [N] float32, in nats."""
+    return F.cross_entropy(softcap(z if w is None else z @ w.T, cap), targets, reduction="none")
 
 
 @jit
@@ -746,11 +740,15 @@ def _tanh(u):
 
 # Saves the float32 softcapped logits, their log-softmax and its gradient: 4 bytes a logit each,
 # written and read again (3.2 GB at N=98304, V=8192). One program holds its row in registers, reads
-# it once and leaves the gradient of its loss, (softmax - onehot) (1 - tanh^2), in z's place.
+# it once and leaves the gradient of its loss, (softmax - onehot) (1 - tanh^2), in z's place. A
+# learnt cap's is the sum of (softmax - onehot) (tanh u - u (1 - tanh^2)) where it holds, u = z/cap.
 @jit
-def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr):
+def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, cap, dcap_ptr, V, LEARNT: tl.constexpr,
+                BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+    if LEARNT:
+        cap = tl.where(z > 0.0, tl.load(cap).to(tl.float32), tl.load(cap + 1).to(tl.float32))
     t, slope = _tanh(z * (1.0 / cap))
     logits = tl.where(cols < V, cap * t, -1e38)
     top, target = tl.max(logits, 0), tl.load(target_ptr + row)
@@ -758,8 +756,13 @@ def _softcap_ce(z_ptr, target_ptr, loss_ptr, dz_ptr, V, cap, BLOCK: tl.constexpr
     total = tl.sum(e, 0)
     hit = cols == target
     tl.store(loss_ptr + row, (top - tl.sum(tl.where(hit, logits, 0.0), 0)) + tl.log(total))
-    dz = (e * (1.0 / total) - tl.where(hit, 1.0, 0.0)) * slope
+    dlogits = e * (1.0 / total) - tl.where(hit, 1.0, 0.0)
+    dz = dlogits * slope
     tl.store(dz_ptr + row * V + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+    if LEARNT:
+        dcap = dlogits * (t - z / cap * slope)
+        tl.store(dcap_ptr + 2 * row, tl.sum(tl.where(z > 0.0, dcap, 0.0), 0))
+        tl.store(dcap_ptr + 2 * row + 1, tl.sum(tl.where(z > 0.0, 0.0, dcap), 0))
 
 
 MOST_LOGITS = 16384  # of a row that a program holds in registers
@@ -769,22 +772,24 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     """Losses for z = h w^T, or z = h without w; keeps their gradients dz [N, V] in z's place."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, w: Tensor | None, targets: Tensor, cap: float) -> Tensor:
+    def forward(ctx, h: Tensor, w: Tensor | None, targets: Tensor, cap: float | Tensor) -> Tensor:
         z = h.contiguous() if w is None else h @ w.T
-        dz = torch.empty_like(z) if w is None else z
+        dz, learnt = torch.empty_like(z) if w is None else z, isinstance(cap, Tensor)
         (N, V), losses = z.shape, z.new_empty(z.shape[0], dtype=torch.float32)
+        dcap = losses.new_empty(N, 2) if learnt else None
         if N:
-            _softcap_ce[N,](z, targets.contiguous(), losses, dz, V, cap,
+            _softcap_ce[N,](z, targets.contiguous(), losses, dz, cap, dcap, V, LEARNT=int(learnt),
                             BLOCK=triton.next_power_of_2(V), num_warps=16)
-        ctx.save_for_backward(None if w is None else h, w, dz)
+        ctx.save_for_backward(None if w is None else h, w, dz, dcap)
         return losses
 
     @staticmethod
     def backward(ctx, dlosses: Tensor) -> tuple:
-        (h, w, dz), scale = ctx.saved_tensors, dlosses[:, None]
+        (h, w, dz, dcap), scale = ctx.saved_tensors, dlosses[:, None]
+        dcap = None if dcap is None else (dcap * scale).sum(0)
         if w is None:
-            return dz * scale.to(dz.dtype), None, None, None
-        return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, None
+            return dz * scale.to(dz.dtype), None, None, dcap
+        return (dz @ w * scale).to(h.dtype), dz.T @ (h * scale).to(h.dtype), None, dcap
 
 
 def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
@@ -793,11 +798,11 @@ def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
 
     z [N, V] raw logits (bfloat16, float16 or float32), or their factors: z [N, d] and w [V, d];
     then the logits are never kept. targets [N] int64 in 0..V-1 (not checked) -> losses [N] float32,
-    in nats. Gradients have z's dtype. A learnt cap, see `softcap`, takes the twin.
+    in nats. Gradients have their input's dtype. A learnt cap [2] is `softcap`'s.
     """
-    if isinstance(cap, float) and fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
+    if fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
         return SoftcapCrossEntropy.apply(z, w, targets, cap)
-    return softcap_cross_entropy_ref(z if w is None else z @ w.T, targets, cap)
+    return softcap_cross_entropy_ref(z, targets, cap, w)
 
 
 # ---- MLP with squared LeakyReLU
@@ -1126,24 +1131,12 @@ def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Te
     return grads
 
 
-class Fa4(torch.autograd.Function):
-    """Attention alone: what FusedHeads is in one where shapes do not fit its kernels."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_len: int) -> Tensor:
-        y, lse = fa4_forward(q, k, v, cu, max_len)
-        ctx.save_for_backward(q, k, v, y, lse, cu)
-        ctx.max_len = max_len
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple:
-        return *fa4_backward(dy.contiguous(), *ctx.saved_tensors, ctx.max_len), None, None
-
-
 def attend_fa4(q: Tensor, k: Tensor, v: Tensor, segments: "Segments") -> Tensor:
-    """A backend of §4, for bfloat16 on sm90 and later."""
-    return Fa4.apply(q, k, v, segments.cu, segments.max_len)
+    """A backend of §4, for bfloat16 on sm90 and later; `heads` fuses around it where it can."""
+    cu, most = segments.cu, segments.max_len
+    return importlib.import_module(FA4).flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=most, max_seqlen_k=most,
+        causal=True)[0]
 
 
 # ---- between the QKV product and the output product
@@ -1152,19 +1145,20 @@ def attend_fa4(q: Tensor, k: Tensor, v: Tensor, segments: "Segments") -> Tensor:
 # over the heads of a group (0.21 of 1.23 ms); they are added where dk and dv are read anyway.
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: x [B, T, heads, D]; cos, sin [T, D/2] rotate channels 2j and 2j + 1."""
-    (x0, x1), cos, sin = x.unflatten(-1, (-1, 2)).unbind(-1), cos[:, None], sin[:, None]
-    return torch.stack((x0 * cos + x1 * sin, x1 * cos - x0 * sin), dim=-1).flatten(-2)
+    """RoPE: x [B, T, heads, D]; cos, sin [T, R/2] turn channels 2j and 2j + 1 of the first R."""
+    (turned, rest), cos, sin = x.tensor_split([2 * cos.shape[1]], -1), cos[:, None], sin[:, None]
+    x0, x1 = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((x0 * cos + x1 * sin, x1 * cos - x0 * sin), dim=-1).flatten(-2)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
               attend: Callable, xsa: "bool | Tensor", gate_scale: float) -> Tensor:
-    """x [B, T, (H + 2K) D] queries, keys, values; near [B, T, W]; gain [H]; gate [H, W]; rope
-    [2, T, D/2] -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA (of xsa [H] how
-    much a head), sparse gate."""
-    (H,), D, rope = gain.shape, 2 * rope.shape[-1], rope.to(x.dtype)
-    K = (x.shape[-1] // D - H) // 2
-    qk, v = x.unflatten(-1, (-1, D)).split([H + K, K], dim=2)  # [B, T, heads, D]
+    """x [B, T, H + 2K, D] queries, keys, values; near [B, T, W]; gain [H]; gate [H, W]; rope
+    [2, T, R/2] float32 -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA (of xsa
+    [H] how much a head), sparse gate."""
+    H, K = len(gain), (x.shape[2] - len(gain)) // 2
+    qk, v = x.split([H + K, K], dim=2)
     gain = torch.cat((gain, gain.new_ones(K))).to(x.dtype)
     y = attend(*(rotate(rms(qk), *rope) * gain[:, None]).split([H, K], dim=2), v)
     if xsa is not False:  # less its part along the token's own value
@@ -1178,21 +1172,19 @@ def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: 
 
 
 @jit
-def _pairs(x, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
-    return tl.split(tl.reshape(x, (ROWS, HEADS, D // 2, 2)))
-
-
-@jit
-def _rotation(rope_ptr, rows, T, D: tl.constexpr):
-    at = (rows % T)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    cos, sin = tl.load(rope_ptr + at), tl.load(rope_ptr + T * (D // 2) + at)
+def _rotation(rope_ptr, rows, T, PAIRS: tl.constexpr, D: tl.constexpr):
+    pair = tl.arange(0, D // 2)[None, :]
+    at, turns = (rows % T)[:, None] * PAIRS + pair, (rows >= 0)[:, None] & (pair < PAIRS)
+    cos = tl.load(rope_ptr + at, mask=turns, other=1.0)
+    sin = tl.load(rope_ptr + T * PAIRS + at, mask=turns, other=0.0)
     return cos[:, None, :], sin[:, None, :]
 
 
 # A tile holds all heads of ROWS tokens: q, k and v beside each other, HEADS >= H + 2K of them.
 @jit
 def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: tl.constexpr,
-                  K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+                  K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+                  ROWS: tl.constexpr):
     G: tl.constexpr = H // K
     rows, heads = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HEADS)
     head, col = heads[None, :, None], tl.arange(0, D)[None, None, :]
@@ -1200,8 +1192,8 @@ def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: 
     inside = (row < N) & (col < D)
     x = tl.load(x_ptr + row * ((H + 2 * K) * D) + head * D + col, mask=inside & (head < H + 2 * K),
                 other=0.0).to(tl.float32)
-    x0, x1 = _pairs(x, ROWS, HEADS, D)
-    cos, sin = _rotation(rope_ptr, rows, T, D)
+    x0, x1 = tl.split(tl.reshape(x, (ROWS, HEADS, D // 2, 2)))
+    cos, sin = _rotation(rope_ptr, rows, T, PAIRS, D)
     rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1, 2) / D + eps)
     gain = tl.load(gain_ptr + heads, mask=heads < H, other=1.0)
     f = (rstd * gain[None, :])[:, :, None]
@@ -1220,7 +1212,8 @@ def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: 
 @jit
 def _heads_before_back(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_ptr, dx_ptr,
                        dgain_ptr, N, T, eps, XSA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-                       D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+                       D: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+                       ROWS: tl.constexpr):
     G: tl.constexpr = H // K
     heads = tl.arange(0, HEADS)
     head, col = heads[None, :, None], tl.arange(0, D)[None, None, :]
@@ -1243,9 +1236,9 @@ def _heads_before_back(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_pt
                           other=0.0).to(tl.float32)
         at = row * ((H + 2 * K) * D) + head * D + col
         x = tl.load(x_ptr + at, mask=inside & (head < H + K), other=0.0).to(tl.float32)
-        x0, x1 = _pairs(x, ROWS, HEADS, D)
-        y0, y1 = _pairs(dy, ROWS, HEADS, D)
-        cos, sin = _rotation(rope_ptr, rows, T, D)
+        x0, x1 = tl.split(tl.reshape(x, (ROWS, HEADS, D // 2, 2)))
+        y0, y1 = tl.split(tl.reshape(dy, (ROWS, HEADS, D // 2, 2)))
+        cos, sin = _rotation(rope_ptr, rows, T, PAIRS, D)
         t0, t1 = y0 * cos - y1 * sin, y1 * cos + y0 * sin
         rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1, 2) / D + eps)
         nt = tl.sum(x0 * t0 + x1 * t1, 2) * rstd
@@ -1279,9 +1272,9 @@ def _heads_axis(x_ptr, row, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr
 
 
 @jit
-def _heads_after(y_ptr, x_ptr, near_ptr, gate_ptr, out_ptr, N, window, scale, XSA: tl.constexpr,
-                 GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                 WINDOW: tl.constexpr, ROWS: tl.constexpr):
+def _heads_after(y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, out_ptr, N, window, scale,
+                 XSA: tl.constexpr, GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+                 D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, head = rows.to(tl.int64)[:, None, None], tl.arange(0, H)[None, :, None]
     col = tl.arange(0, D)[None, None, :]
@@ -1289,21 +1282,22 @@ def _heads_after(y_ptr, x_ptr, near_ptr, gate_ptr, out_ptr, N, window, scale, XS
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if XSA:
         axis, _ = _heads_axis(x_ptr, row, N, H, K, D)
-        y -= tl.sum(y * axis, 2)[:, :, None] * axis
+        y -= tl.load(alpha_ptr + head) * tl.sum(y * axis, 2)[:, :, None] * axis
     if GATE:
         y *= _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)[0][:, :, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# z = y - (y.axis) axis, out = z s: with dz = dout s, dy = dz - (dz.axis) axis and
-# dv = -((y.axis) dz + (dz.axis) y - 2 (y.axis) (dz.axis) axis) / |v|, summed over a group's heads.
+# z = y - alpha (y.axis) axis, out = z s: with dz = dout s, dy = dz - alpha (dz.axis) axis, dalpha =
+# -(y.axis) (dz.axis), dv = alpha (2 (y.axis) (dz.axis) axis - (y.axis) dz - (dz.axis) y) / |v|.
 @jit
-def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, dy_ptr, dvx_ptr, dnear_ptr,
-                      dgate_ptr, N, window, scale, XSA: tl.constexpr, GATE: tl.constexpr,
-                      H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-                      ROWS: tl.constexpr):
+def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, dy_ptr, dvx_ptr,
+                      dnear_ptr, dgate_ptr, dalpha_ptr, N, window, scale, XSA: tl.constexpr,
+                      GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                      WINDOW: tl.constexpr, ROWS: tl.constexpr):
     head, col = tl.arange(0, H)[None, :, None], tl.arange(0, D)[None, None, :]
     heads, w = tl.arange(0, H), tl.arange(0, WINDOW)
+    alpha, of_alpha = tl.load(alpha_ptr + head), tl.zeros((H,), dtype=tl.float32)
     if GATE:
         sums = tl.zeros((H, WINDOW), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
@@ -1319,7 +1313,7 @@ def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, dy_ptr, dvx_pt
             s, near, gate = _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)
             z = y
             if XSA:
-                z = y - along * axis
+                z = y - alpha * along * axis
             dlogit = (tl.sum(dz * z, 2) * s * (1.0 - s) * scale)[:, :, None]
             sums += tl.sum(dlogit * near, 0)
             tl.store(dnear_ptr + rows[:, None] * window + w[None, :],
@@ -1328,13 +1322,15 @@ def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, dy_ptr, dvx_pt
             dz *= s[:, :, None]
         if XSA:
             back = tl.sum(dz * axis, 2)[:, :, None]
-            dv = (2.0 * along * back * axis - along * dz - back * y) * inverse
+            of_alpha -= tl.sum(tl.reshape(along * back, (ROWS, H)), 0)
+            dv = (2.0 * along * back * axis - along * dz - back * y) * inverse * alpha
             dv = tl.sum(tl.reshape(dv, (ROWS, K, H // K, D)), 2)
             group = tl.arange(0, K)[None, :, None]
             tl.store(dvx_ptr + row * (K * D) + group * D + col, dv.to(dvx_ptr.dtype.element_ty),
                      mask=(row < N) & (col < D) & (group < K))
-            dz -= back * axis
+            dz -= alpha * back * axis
         tl.store(dy_ptr + at, dz.to(dy_ptr.dtype.element_ty), mask=inside)
+    tl.store(dalpha_ptr + tl.program_id(0) * H + heads, of_alpha)
     if GATE:
         at = (tl.program_id(0) * H + heads[:, None]) * WINDOW + w[None, :]
         tl.store(dgate_ptr + at, sums)
@@ -1345,51 +1341,55 @@ class FusedHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
-                segments: "Segments", xsa: bool, gate_scale: float) -> Tensor:
-        x, near, gain, rope = _dense(x, near, gain, rope)
-        (H,), (_, T, half), (*rows, channels) = gain.shape, rope.shape, x.shape
-        N, D = math.prod(rows), 2 * half
-        K = (channels // D - H) // 2
-        ctx.before = dict(H=H, K=K, D=D, HEADS=triton.next_power_of_2(H + 2 * K), ROWS=2)
-        ctx.after = dict(XSA=int(xsa), GATE=int(gate is not None), H=H, K=K, D=D, ROWS=4,
-                         WINDOW=triton.next_power_of_2(max(1, near.shape[-1])))
+                segments: "Segments", xsa: bool | Tensor, gate_scale: float) -> Tensor:
+        x, near, gain, rope = _dense(x, near, gain, rope.float())
+        (*rows, channels, D), (H,), (_, T, pairs) = x.shape, gain.shape, rope.shape
+        N, K = math.prod(rows), (channels - H) // 2
+        alpha = (xsa if isinstance(xsa, Tensor) else torch.ones_like(gain)).float()
+        ctx.before = dict(H=H, K=K, D=D, PAIRS=pairs, HEADS=triton.next_power_of_2(channels))
+        ctx.after = dict(XSA=int(xsa is not False), GATE=int(gate is not None), H=H, K=K,
+                         D=D, WINDOW=triton.next_power_of_2(max(1, near.shape[-1])))
         ctx.sizes, ctx.max_len = (N, near.shape[-1], gate_scale), segments.max_len
         q, k, v = (x.new_empty(N, H, D) for _ in range(3))
-        _heads_before[triton.cdiv(N, 2),](x, gain, rope, q, k, v, N, T, EPS, **ctx.before)
+        _heads_before[triton.cdiv(N, 2),](x, gain, rope, q, k, v, N, T, EPS, **ctx.before, ROWS=2)
         y, lse = fa4_forward(q, k[:, :: H // K], v[:, :: H // K], segments.cu, ctx.max_len)
         out = x.new_empty(*rows, H * D)
-        _heads_after[triton.cdiv(N, 4),](y, x, near, gate, out, *ctx.sizes, **ctx.after)
-        ctx.save_for_backward(x, near, gain, gate, rope, q, k, v, y, lse, segments.cu)
+        _heads_after[triton.cdiv(N, 4),](y, x, near, gate, alpha, out, *ctx.sizes, **ctx.after,
+                                         ROWS=4)
+        ctx.save_for_backward(x, near, gain, gate, rope, alpha, q, k, v, y, lse, segments.cu)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple:
-        x, near, gain, gate, rope, *attention = ctx.saved_tensors
-        y, (N, *_), K, D = attention[3], ctx.sizes, ctx.before["K"], ctx.before["D"]
-        programs = _programs(x, triton.cdiv(N, 2), 16)
+        x, near, gain, gate, rope, alpha, *attention = ctx.saved_tensors
+        y, (N, window, _), K, D = attention[3], ctx.sizes, ctx.before["K"], ctx.before["D"]
+        programs, H = _programs(x, triton.cdiv(N, 2), 16), len(gain)
         dy, dnear, dvx = torch.empty_like(y), torch.empty_like(near), x.new_empty(N, K, D)
-        dgate = gain.new_empty(programs, len(gain), ctx.after["WINDOW"], dtype=torch.float32)
-        _heads_after_back[programs,](dout.contiguous(), y, x, near, gate, dy, dvx, dnear, dgate,
-                                     *ctx.sizes, **ctx.after | dict(ROWS=2, num_warps=2))
+        dgate, dalpha = (rope.new_empty(programs, H, n) for n in (ctx.after["WINDOW"], 1))
+        _heads_after_back[programs,](dout.contiguous(), y, x, near, gate, alpha, dy, dvx, dnear,
+                                     dgate, dalpha, *ctx.sizes, **ctx.after, ROWS=2, num_warps=2)
         dq, dk, dv = fa4_backward(dy, *attention, ctx.max_len)
         dx, programs = torch.empty_like(x), _programs(x, triton.cdiv(N, 4), 4)
-        dgain = gain.new_empty(programs, ctx.before["HEADS"], dtype=torch.float32)
+        dgain = rope.new_empty(programs, ctx.before["HEADS"])
         _heads_before_back[programs,](dq, dk, dv, dvx, x, gain, rope, dx, dgain, N, rope.shape[1],
-                                      EPS, XSA=ctx.after["XSA"], **ctx.before | dict(ROWS=4))
-        dgain = dgain.sum(0)[: len(gain)].to(gain.dtype)
-        if gate is None:
-            return dx, None, dgain, None, None, None, None, None
-        dgate = dgate.sum(0)[:, : near.shape[-1]].to(gate.dtype)
-        return dx, dnear, dgain, dgate, None, None, None, None
+                                      EPS, XSA=ctx.after["XSA"], **ctx.before, ROWS=4)
+        dgain = dgain.sum(0)[:H].to(gain.dtype)
+        dgate = None if gate is None else dgate.sum(0)[:, :window].to(gate.dtype)
+        dalpha = dalpha.sum(0)[:, 0] if ctx.needs_input_grad[6] else None
+        return dx, None if gate is None else dnear, dgain, dgate, None, None, dalpha, None
+
+
+def heads_fit(H: int, K: int, D: int) -> bool:
+    """Whether the kernels take so many heads of this width: powers of 2."""
+    return all(n & (n - 1) == 0 for n in (H, K, D))
 
 
 def heads(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
           attend: Callable, segments: "Segments", xsa: "bool | Tensor",
           gate_scale: float) -> Tensor:
     """heads_ref over segments; fused around FlashAttention-4 where the shapes are its kernels'."""
-    H, D = len(gain), 2 * rope.shape[-1]
-    if attend is attend_fa4 and fused(x) and isinstance(xsa, bool) and all(
-            n & (n - 1) == 0 for n in (H, D, x.shape[-1] // D - H)):
+    H, K = len(gain), (x.shape[2] - len(gain)) // 2
+    if attend is attend_fa4 and fused(x) and heads_fit(H, K, x.shape[3]):
         return FusedHeads.apply(x, near, gain, gate, rope, segments, xsa, gate_scale)
 
     def packed(q, k, v):
@@ -1420,12 +1420,10 @@ class Segments:
 
 
 class Past:
-    """Keys and values of the earlier chunks of B documents that are read in step, C tokens at once.
-
-    kv [pass, 2, B, K, ring, D] holds the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they were when
-    they ran: no gradient enters them. Keys are rotated by their position in the document; products
-    see differences only, so the context slides along a document of any length, and in the ring the
-    order does not matter. After `seek` one forward runs the next chunk and stores what it adds."""
+    """Keys and values of earlier chunks of B documents read in step, C tokens at once: kv [pass,
+    2, B, K, ring, D], the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they ran, without gradient. Keys
+    are rotated by their position in the document; products see differences only, so the context
+    slides, in any order. After `seek` one forward runs the next chunk and stores what it adds."""
 
     def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
         self.cfg, self.C = cfg, cfg.ttt_chunk_size
@@ -1468,11 +1466,9 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """PyTorch's dense attention, one call for each run of equal lengths; nothing is padded.
-
-    A compiled graph cannot read lengths: there each segment is read out to max_len, on into the
-    next ones, which causal order keeps out of its results ([S, max_len] tokens of memory).
-    """
+    """PyTorch's dense attention, one call for each run of equal lengths. A compiled graph cannot
+    read lengths: there each segment is read out to max_len, on into the next ones, which causal
+    order keeps out of its results ([S, max_len] tokens of memory)."""
     def dense(q, k, v, S, L):
         q, k, v = (x.unflatten(0, (S, L)).transpose(1, 2) for x in (q, k, v))  # [S, heads, L, D]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -1491,15 +1487,10 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def attend_packed(function: Callable) -> Callable:
-    """A backend from flash_attn_varlen_func or varlen_attn, whose options change by release."""
-    options = dict(causal=True, is_causal=True, window_size=(-1, 0), enable_gqa=True)
+    """A backend from PyTorch's varlen_attn, whose options change by release."""
+    options = dict(is_causal=True, window_size=(-1, 0), enable_gqa=True)
     options = {n: options[n] for n in inspect.signature(function).parameters if n in options}
-
-    def attend(q, k, v, segments):
-        cu, most = segments.cu, segments.max_len
-        y = function(q, k, v, cu, cu, most, most, **options)
-        return y[0] if isinstance(y, tuple) else y  # some releases add the log-sum-exp
-    return attend
+    return lambda q, k, v, s: function(q, k, v, s.cu, s.cu, s.max_len, s.max_len, **options)
 
 
 class Attention(NamedTuple):
@@ -1509,11 +1500,10 @@ class Attention(NamedTuple):
     function: Callable
 
 
-# Fastest first: name: (least compute capability, module, backend or its name there, how to get it)
+# Fastest first: name: (least compute capability, module, backend if known, how to get it)
 ATTENTION = {
     "fa4": (9, FA4, attend_fa4, "pip install flash-attn-4==4.0.0b36"),
-    "fa3": (9, "flash_attn_interface", "flash_attn_varlen_func", "build FlashAttention-3"),
-    "varlen": (8, "torch.nn.attention.varlen", "varlen_attn", "pip install 'torch>=2.10'"),
+    "varlen": (8, "torch.nn.attention.varlen", None, "pip install 'torch>=2.10'"),
     "sdpa": (0, "torch", attend_sdpa, ""), "ref": (0, "torch", attend_ref, "")}
 
 
@@ -1526,12 +1516,22 @@ def choose_attention(device: torch.device, dtype: torch.dtype, wanted: str = "au
             if lowest and not (flash and torch.cuda.get_device_capability(device)[0] >= lowest):
                 raise ImportError(f"needs CUDA from sm{lowest}0 and bfloat16")
             found = importlib.import_module(module)
-            if isinstance(function, str):
-                function = attend_packed(getattr(found, function))
+            function = function or attend_packed(found.varlen_attn)
             return Attention(name, "; ".join([*rejected, f"using {name}"]), function)
         except Exception as error:  # a half-installed package may raise anything
             rejected.append(f"{name}: " + str(error).partition("\n")[0])
     raise UserError(f"ATTENTION={rejected[0]}; {remedy}; or set ATTENTION=auto")
+
+
+def agree_on(attention: Attention, rt: Runtime) -> Attention:
+    """This rank's choice, which must be every rank's; else UserError, on all ranks."""
+    chosen: list = [attention[:2]] * rt.world
+    if rt.world > 1:
+        dist.all_gather_object(chosen, attention[:2])
+    for rank, (name, why) in enumerate(chosen):
+        require(name == chosen[0][0], f"attention: rank 0 takes {chosen[0][0]}, rank {rank} {name} "
+                f"({why}); install the same packages for every rank, or set ATTENTION=sdpa")
+    return attention._replace(reason=f"{attention.reason} on every rank")
 
 
 # ==================================================================================================
@@ -1674,9 +1674,8 @@ class GPT(nn.Module):
     def compiled(self, wanted: bool) -> Iterator[None]:
         """Inside, if wanted, the stretches between products and kernels are compiled, one graph
         each, which takes seconds; nobody else waits for the host, since steps are recorded."""
-        parts = ("weights", "smear", "mix_skip", "mix_lanes") if wanted else ()
-        if self.attend is not attend_fa4:
-            parts += ("heads",) * wanted
+        parts = ["weights", "smear", "mix_skip", "mix_lanes"] * wanted
+        parts += ["heads"] * (wanted and self.attend is not attend_fa4)
         for part in parts:
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         try:
@@ -1700,23 +1699,16 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, segments: "Segments | None", looped: bool,
                 lora: "Lora | None" = None, at: Tensor | None = None, past: "Past | None" = None,
                 read: Callable[[Tensor], None] | None = None) -> Tensor:
-        """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T].
-
-        With `at` [B, C] (positions) only those targets are scored: targets and result [B, C].
-        `read` is given the final state [B, T, d]."""
+        """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T]; or of those
+        at the positions `at` [B, C]: targets and result [B, C]. `read` gets the state [B, T, d]."""
         h = self.hidden(ids, segments, looped, lora, past=past)
         if read:
             read(h.detach())
         if at is not None:
             h = pick(h, at)
-        cap, fused_ce = self.cap(), self.cfg.fused_ce_enabled
-        if fused_ce and lora is None:
-            w = self.tok_emb.weight.to(h.dtype)
-            losses = softcap_cross_entropy(h.flatten(0, 1), targets.flatten(), cap, w)
-        else:
-            loss = softcap_cross_entropy if fused_ce else softcap_cross_entropy_ref
-            losses = loss(self.head(h, lora).flatten(0, 1), targets.flatten(), cap)
-        return losses.view_as(targets)
+        z, w = (h, self.tok_emb.weight.to(h.dtype)) if lora is None else (self.head(h, lora), None)
+        loss = softcap_cross_entropy if self.cfg.fused_ce_enabled else softcap_cross_entropy_ref
+        return loss(z.flatten(0, 1), targets.flatten(), self.cap(), w).view_as(targets)
 
     def cap(self) -> float | Tensor:
         """The softcap: a constant, or two parameters, which training and global phases move."""
@@ -1737,8 +1729,10 @@ class GPT(nn.Module):
                lora: "Lora | None" = None, observe: Callable[[str, Tensor], None] | None = None,
                past: "Past | None" = None) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
-        cfg, weights, skips = self.cfg, self.weights(), self.skip_parameters()
-        rope = (self.rope[:, : ids.shape[1]] if past is None else past.rope).to(self.dtype)
+        cfg, weights = self.cfg, self.weights()
+        gates = [self.skip_gates] if cfg.skip_gates_enabled else []
+        skips = torch.stack([self.skip_weights, *gates], 1).unbind()  # weight, gate if there is one
+        rope = self.rope[:, : ids.shape[1]].contiguous() if past is None else past.rope
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
@@ -1786,21 +1780,15 @@ class GPT(nn.Module):
         stacks = torch.cat((q, k, v), 1), attn * o, self.mlp_up_bank, mlp * self.mlp_down_bank
         return list(zip(*(w.to(self.dtype).unbind() for w in stacks), strict=True))
 
-    def skip_parameters(self) -> tuple[Tensor, ...]:
-        """One [1 or 2, d] a skip: weight and, if there is one, gate."""
-        gates = [self.skip_gates] if self.cfg.skip_gates_enabled else []
-        return torch.stack([self.skip_weights, *gates], 1).unbind()
-
     def smear(self, x: Tensor, ids: Tensor) -> Tensor:
-        """x_t += lambda sigmoid(w . x_t[:window]) x_{t-1}, never into a BOS. idea: @kellerjordan
-
-        The mask keeps a packed row's documents apart, in training and in every evaluation."""
+        """x_t += lambda sigmoid(w . x_t[:window]) x_{t-1}, never into a BOS, which keeps a packed
+        row's documents apart. idea: @kellerjordan"""
         gate = torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window],
                                       self.smear_gate.weight.to(x.dtype)))
         gate = self.smear_lambda.to(x.dtype) * gate * (ids[:, 1:, None] != BOS)
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
-    mix_skip = staticmethod(mix_skip)
+    mix_skip, heads = staticmethod(mix_skip), staticmethod(heads)
 
     @staticmethod
     def mix_lanes(a: Tensor, b: Tensor, y: Tensor, m: Tensor, keep: Tensor,
@@ -1813,14 +1801,13 @@ class GPT(nn.Module):
     def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: Tensor,
                   segments: "Segments | Past", lora: "Lora | None",
                   observe: Callable | None) -> Tensor:
-        """Grouped-query attention, its products around `heads`: n [B, T, d] -> [B, T, d], scaled;
-        `near` is the first channels of n."""
+        """Products around `heads`: n [B, T, d], near its first channels -> [B, T, d], scaled."""
         cfg, block, (qkv, out) = self.cfg, self.blocks[step.layer], matrices
         x = F.linear(n, qkv)
         if lora is not None:
-            H, K, D = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-            parts = zip("qkv", x.split([H * D, K * D, K * D], dim=-1), strict=True)
+            parts = zip("qkv", x.split([cfg.model_dim, cfg.kv_dim, cfg.kv_dim], -1), strict=True)
             x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
+        x = x.unflatten(-1, (-1, cfg.head_dim))
         gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
         xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
         if xsa and cfg.gated_xsa:  # idea: #2018
@@ -1837,8 +1824,6 @@ class GPT(nn.Module):
         y = F.linear(y, out)
         return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
 
-    heads = staticmethod(heads)
-
     def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
             lora: "Lora | None", observe: Callable | None) -> Tensor:
         """Squared LeakyReLU between up and down: n [B, T, d] -> [B, T, d], scaled."""
@@ -1852,12 +1837,28 @@ class GPT(nn.Module):
         return y
 
 
+def log_slow_paths(cfg: Config, attention: Attention, rt: Runtime) -> None:
+    """A line for each setting, package or lack of the GPU that leaves the fused kernels."""
+    shape, size = (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim), rt.dtype.itemsize
+    for slow, text in (
+            (attention.name != "fa4", f"{attention.name} instead of FlashAttention-4, on 4 H200s "
+             f"3.7 instead of 4.8 M tokens/s; {ATTENTION['fa4'][3]}"),
+            (not fused(torch.empty(0, device=rt.device)), "no kernels without Triton and sm80"),
+            (not heads_fit(*shape), f"heads, key heads and width {shape} are not powers of 2"),
+            (cfg.model_dim * size % 16 or cfg.hidden_dim * size % 16, "MLP: no rows of 16 k bytes"),
+            (cfg.vocab_size > MOST_LOGITS, f"float32 logits: VOCAB_SIZE is over {MOST_LOGITS}"),
+            (not cfg.fused_ce_enabled, "float32 logits: FUSED_CE_ENABLED=0"),
+            (not cfg.compile, "small operations one by one: COMPILE=0")):
+        if slow and rt.device.type == "cuda":
+            rt.log(f"slow path: {text}")
+
+
 def rotation(at: Tensor, cfg: Config) -> Tensor:
-    """cos and sin of position * base^(-2j/R), 1 and 0 for channels that do not turn: at [T] ->
-    [2, T, D/2], float64 before rounding."""
-    dims = cfg.rope_dims or cfg.head_dim
-    pair = torch.arange(0, dims, 2, dtype=torch.float64, device=at.device)
-    angle = F.pad(at[:, None] * cfg.rope_base ** (-pair / dims), (0, (cfg.head_dim - dims) // 2))
+    """cos and sin of position * base^(-2j/R) for the R/2 pairs that turn: at [T] -> float32
+    [2, T, R/2], rounded from float64, in whose last bits alone processors differ."""
+    R = cfg.rope_dims or cfg.head_dim
+    pair = torch.arange(0, R, 2, dtype=torch.float64, device=at.device)
+    angle = at[:, None] * cfg.rope_base ** (-pair / R)
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
@@ -1877,7 +1878,6 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of x, A and B, given that of the result."""
         x, a, b, h = ctx.saved_tensors
         same = x.dtype == ctx.master
         dh = (dy @ b).mul_(ctx.scale)
@@ -1916,8 +1916,7 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """The delta for x [b, T, in], of the batch's documents `self.rows` -> [b, T, out], or 0 for
-        a role that is left out."""
+        """x [b, T, in] of documents `self.rows` -> delta [b, T, out], or 0 for a role left out."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
@@ -2345,19 +2344,13 @@ def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
 # ==================================================================================================
 # §8 Quantisation
 # ==================================================================================================
-class Hessians:
-    """H = X^T X of every matrix's input, summed over passes, rows and ranks (`observe` of GPT)."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def observe(self, name: str, x: Tensor) -> None:
-        """Add the inputs x [..., in] of the matrices whose source is `name`."""
-        x = x.flatten(0, -2).float()
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self.sums[name].addmm_(x.mT, x)
+@torch.no_grad()
+def add_hessian(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """sums[name] += X^T X, the inputs x [..., in] of the matrices whose source is `name`."""
+    x = x.flatten(0, -2).float()
+    if name not in sums:
+        sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    sums[name].addmm_(x.mT, x)
 
 
 @torch.no_grad()
@@ -2365,11 +2358,12 @@ def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
               batches: int = 0) -> dict[str, Tensor]:
     """Mean Hessian a batch, by source, over the GPTQ_CALIBRATION_BATCHES batches that training
     would have seen next, looped (#1855 keeps rank 0's share only)."""
-    count, hessians = batches or model.cfg.gptq_calibration_batches, Hessians()
+    count, sums = batches or model.cfg.gptq_calibration_batches, {}
+    observe = functools.partial(add_hessian, sums)
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
-            model.hidden(row.ids, row.segments, looped=True, observe=hessians.observe)
-    return {name: rt.sum_(h).div_(count) for name, h in hessians.sums.items()}
+            model.hidden(row.ids, row.segments, looped=True, observe=observe)
+    return {name: rt.sum_(h).div_(count) for name, h in sums.items()}
 
 
 class Grid(NamedTuple):
@@ -2499,6 +2493,12 @@ TRELLIS_RUN = 128  # rows after which the walk begins again in state 0, so that 
 LANES = 4  # runs side by side in one vector: 512 rows are 4 runs
 
 
+def octaves(c: Tensor) -> Tensor:
+    """2^(c/8) of c int8, float32: correctly rounded everywhere, as exp2 is not."""
+    c8, table = c.cpu().numpy(), np.float32(2 ** (np.arange(8) / 8))  # float64 before rounding
+    return torch.from_numpy(np.ldexp(table[c8 & 7], c8 >> 3)).to(c.device)
+
+
 def trellis_bits(states: int) -> np.ndarray:
     """[2, S] int64: parity of state & low, parity of state & high. One state: no trellis, zeros."""
     masks = TRELLISES.get(states, (0, 0))
@@ -2598,7 +2598,7 @@ def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
     whatever the device; equal arguments give equal symbols. block: a multiple of 4."""
     (n, width), power = W.shape, W.float().square().clamp_min(1e-20)
     rows = torch.stack([s.float(), TRELLIS_NOISE * s.float().square() / power.mean(1)])
-    step = (c.float() / 8).exp2()
+    step = octaves(c)
     cols = torch.stack([step, step.square() * power.mean() / power.mean(0)])[:, factor.order]
     more, ways = -n % (LANES * TRELLIS_RUN), trellis_ways(states)
     W = F.pad(W.float().masked_fill(factor.dead, 0)[:, factor.order], (0, 0, 0, more))
@@ -2627,7 +2627,7 @@ def decode_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 def decode_trellis(m: Tensor, s: Tensor, c: Tensor, states: int) -> Tensor:
     """k s 2^(c/8), float32 [rows, cols]."""
     k = torch.from_numpy(trellis_walk(m.cpu().numpy(), trellis_bits(states))).to(m.device)
-    return k * s.float()[:, None] * (c.float() / 8).exp2()
+    return k * s.float()[:, None] * octaves(c)
 
 
 def encode_rows(W: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -2672,9 +2672,10 @@ def encode_lqer(E: Tensor, cfg: Config) -> dict[str, Tensor]:
     return {"lqer_a": a, "lqer_sa": sa, "lqer_b": b, "lqer_sb": sb}
 
 
-def decode_lqer(pieces: Mapping[str, Tensor], prefix: str = "") -> Tensor:
-    a, sa, b, sb = (pieces[f"{prefix}lqer_{part}"] for part in ("a", "sa", "b", "sb"))
-    return decode_group(a, sa) @ decode_group(b, sb)
+def decode_lqer(piece: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+    a, sa, b, sb = (piece[f"{prefix}lqer_{part}"] for part in ("a", "sa", "b", "sb"))
+    A, B = decode_group(a, sa), decode_group(b, sb)
+    return sum(A[:, k, None] * B[k] for k in range(len(B)))  # a product's order is its library's
 
 
 RARE_ROWS = 0.1  # of the mean sensitivity of a matrix, added to every row's
@@ -2686,18 +2687,16 @@ def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapp
     that all share: the mean square of the loss's gradient g by that output.
 
     A row's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
-    independent, E|dW|^2 = trace(H) mean g^2. What two batch rows' gradients have in common is no
-    noise, so their difference is taken. Fisher's matrix stands for the loss's second derivative.
-    Rows of rare tokens, which a batch may lack, get a share of their matrix' mean."""
-    found, params, before = matrices(model.cfg), dict(model.named_parameters()), {}
+    independent, E|dW|^2 = trace(H) mean g^2. What batch rows have in common is no noise: rows i of
+    both steps are subtracted, in any world size. Fisher's matrix stands for the loss's curvature."""
+    found, params = matrices(model.cfg), dict(model.named_parameters())
     sums = [torch.zeros(matrix_of(params, m).shape[0], device=rt.device) for m in found]
-    for row in itertools.chain(rows.step(first_step), rows.step(first_step + 1)):
-        loss = model(row.ids, row.targets, row.segments, True).mean()
-        grads = dict(zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True))
-        if before:
-            for m, total in zip(found, sums, strict=True):
-                total += (matrix_of(grads, m) - matrix_of(before, m)).square().sum(1)
-        before = {name: g.clone() for name, g in grads.items()}
+    for pair in zip(rows.step(first_step), rows.step(first_step + 1), strict=True):
+        losses = (model(row.ids, row.targets, row.segments, True).mean() for row in pair)
+        one, other = (torch.autograd.grad(loss, [*params.values()]) for loss in losses)
+        grads = dict(zip(params, torch._foreach_sub(one, other), strict=True))
+        for m, total in zip(found, sums, strict=True):
+            total += matrix_of(grads, m).square().sum(1)
     sums = rt.sum_(torch.cat(sums)).split([len(x) for x in sums])
     costs = {m.name: (x + RARE_ROWS * x.mean()) / (hessians[m.source].trace() + 1e-30)
              for m, x in zip(found, sums, strict=True)}
@@ -2758,7 +2757,7 @@ def trellis_steps(W: Tensor, factor: Factor, unit: Tensor) -> tuple[Tensor, Tens
     symbol."""
     u = factor.U.diagonal()[factor.order.argsort()].log2()
     c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
-    floor = (W.abs() / (c.float() / 8).exp2()).amax(dim=1) / 200
+    floor = (W.abs() / octaves(c)).amax(dim=1) / 200
     return floor.maximum(unit.to(floor)).half().clamp(2.0**-24, 65504), c
 
 
@@ -4520,10 +4519,11 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
     identity = check_data(cfg)
-    attention = choose_attention(rt.device, rt.dtype, cfg.attention)
+    attention = agree_on(choose_attention(rt.device, rt.dtype, cfg.attention), rt)
     base = Config.from_env({"PRESET": environ.get("PRESET", "")}, root, own, check=False)
     named = environ.get("PRESET") or own.get("PRESET") or "none"
     log_header(cfg, rt, attention.reason, Path(named).name.removesuffix(".env"), base)
+    log_slow_paths(cfg, attention, rt)
     rt.log(identity)
     rt.record["data"] = identity
     if guide := extra("guide", needed=False):

@@ -57,9 +57,9 @@ def main() -> None:
     ):
         measure(name, t.mix_norm, t.mix_norm_ref, inputs, units)
     row = synthetic_row(t.Config(train_batch_tokens=8 * N), t.Runtime(0, 1, torch.device("cuda")))
-    rope = t.rotation(torch.arange(N, device="cuda"), t.Config()).bfloat16()
-    if t.choose_attention(rope.device, rope.dtype).name == "fa4":
-        inputs = (tensor(1, N, 2 * d), tensor(1, N, 12), tensor(8, **f32), tensor(8, 12, **f32))
+    rope = t.rotation(torch.arange(N, device="cuda"), t.Config())
+    if t.choose_attention(rope.device, torch.bfloat16).name == "fa4":
+        inputs = (tensor(1, N, 16, 64), tensor(1, N, 12), tensor(8, **f32), tensor(8, 12, **f32))
         measure("heads with attention", lambda *x: [t.heads(*x, rope, t.attend_fa4, row.segments,
                                                             True, 0.5)], None, inputs, (10.5, 26))
     n = tensor(N, d)

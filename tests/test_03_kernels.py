@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_gpt
+from tests.tools import busy_model, documents, row_of, tiny
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = train_gpt.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,7 +26,8 @@ DTYPES = [torch.float32, *HALF]
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
 CAP, SLOPE = 30.0, 0.5
 
-kernels = pytest.mark.skipif(not train_gpt.use_triton(DEVICE), reason="needs CUDA and Triton, or "
+kernels = pytest.mark.skipif(not train_gpt.fused(torch.empty(0, device=DEVICE)),
+                             reason="needs CUDA and Triton, or "
                              "TRITON_INTERPRET=1 (test_kernels_under_the_interpreter does that)")
 
 if INTERPRETED:  # since NumPy 2.4 an array of one element is no loop bound, as Triton 3.6 expects
@@ -102,7 +104,7 @@ def test_without_triton_the_twins_are_used():
         import sys
         sys.modules["triton"] = None  # as if it were not installed
         import torch, train_gpt as g
-        assert not g.use_triton(torch.device("cpu")) and not g.use_triton(torch.device("cuda"))
+        assert not g.fused(torch.empty(0))
         z, x, w = torch.randn(3, 5), torch.randn(3, 8), torch.randn(8, 8)
         t = torch.tensor([0, 1, 2])
         assert torch.equal(g.softcap_cross_entropy(z, t, 30.0),
@@ -134,6 +136,38 @@ def test_softcap_cross_entropy(N, V, scale, dtype):
     assert_native(lambda z: train_gpt.softcap_cross_entropy(z, targets, CAP),
                   lambda z: train_gpt.softcap_cross_entropy_ref(z, targets, CAP),
                   [z], grad, dtype, exact=lambda z: exact_cross_entropy(z, targets))
+
+
+def exact_two_caps(z, targets, caps):
+    u = torch.where(z > 0, z / caps[0], z / caps[1])
+    logits = torch.where(z > 0, caps[0] * u.tanh(), caps[1] * u.tanh())
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, V, scale", [(1, 1, 1), (64, 37, 8), (33, 1024, 8), (12, 8192, 40),
+                                         (40, 512, 0.01), (40, 512, 300)])
+def test_two_learnt_caps(N, V, scale, dtype):
+    """One of positive and one of other logits, with their gradients; logits or their factors."""
+    z, grad = seeded(V, (N, V), (N,), scale=scale)
+    targets, caps = torch.arange(N, device=DEVICE) * 7919 % V, torch.tensor([30.0, 11.0])
+    assert_native(lambda z, c: train_gpt.softcap_cross_entropy(z, targets, c),
+                  lambda z, c: train_gpt.softcap_cross_entropy_ref(z, targets, c),
+                  [z, caps], grad, dtype, exact=lambda z, c: exact_two_caps(z, targets, c))
+    h, w = seeded(N, (N, 16), (V, 16))
+    assert_native(lambda h, w, c: train_gpt.softcap_cross_entropy(h, targets, c, w),
+                  lambda h, w, c: train_gpt.softcap_cross_entropy_ref(h @ w.T, targets, c),
+                  [h, w, caps], grad, dtype,
+                  exact=lambda h, w, c: exact_two_caps(h @ w.T, targets, c))
+
+
+@kernels
+def test_learnt_caps_take_the_kernel(monkeypatch):
+    monkeypatch.setattr(train_gpt, "softcap_cross_entropy_ref", None)  # calling it would fail
+    z, caps = torch.zeros(3, 8, device=DEVICE), torch.ones(2, device=DEVICE)
+    targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    assert train_gpt.softcap_cross_entropy(z, targets, caps).shape == (3,)
 
 
 @kernels
@@ -266,37 +300,76 @@ def has_fa4():
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, K, D, rows", [(4, 2, 8, (1, 61)), (4, 4, 16, (3, 9)),
-                                           (8, 4, 64, (1, 130))])
-@pytest.mark.parametrize("xsa, window", [(True, 12), (True, 0), (False, 5), (False, 0)])
+                                           (8, 4, 64, (1, 130 if ON_GPU else 21))])
+@pytest.mark.parametrize("xsa, window", [(True, 12), (True, 0), (False, 5), (False, 0),
+                                         ("gated", 12), ("gated", 0)])
 def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
     if not (has_fa4() and D == 64 and dtype != torch.float32):
         monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
         monkeypatch.setattr(train_gpt, "fa4_backward", plain_attention_back)
     tokens = math.prod(rows)
-    x, near, gain, gate, grad, angle = seeded(
-        D, (*rows, (H + 2 * K) * D), (*rows, window), (H,), (H, window), (*rows, H * D),
-        (rows[-1], D // 2))
+    x, near, gain, gate, grad, angle, alpha = seeded(
+        D, (*rows, H + 2 * K, D), (*rows, window), (H,), (H, window), (*rows, H * D),
+        (rows[-1], D // (8 if window else 2)), (H,))  # pairs that turn: some or all
     rope = torch.stack((angle.cos(), angle.sin())).to(DEVICE)
     bounds = torch.tensor([0, 5, 5, tokens], dtype=torch.int32, device=DEVICE)
     segments = train_gpt.Segments(bounds, tokens)
 
     def call(attend):
         def on(x, gain, *rest):
+            *rest, own = rest if xsa == "gated" else (*rest, xsa)
             near, gate = rest or (x.new_zeros(*rows, 0), None)
-            return train_gpt.heads(x, near, gain, gate, rope.to(x.dtype), attend, segments, xsa,
-                                   0.7)
+            turn = rope.to(torch.promote_types(x.dtype, torch.float32))
+            return train_gpt.heads(x, near, gain, gate, turn, attend, segments, own, 0.7)
         return on
 
-    inputs = [x, gain, *[near, gate] * bool(window)]
+    inputs = [x, gain, *[near, gate] * bool(window), *[alpha] * (xsa == "gated")]
     assert_native(call(train_gpt.attend_fa4), call(train_gpt.attend_ref), inputs, grad, dtype)
 
 
 @kernels
 def test_heads_that_do_not_fit_take_the_twin(monkeypatch):
     monkeypatch.setattr(train_gpt.FusedHeads, "apply", None)  # calling it would fail
-    monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
-    x, gain = torch.ones(1, 4, 4 * 12, device=DEVICE), torch.ones(2, device=DEVICE)
+    monkeypatch.setattr(train_gpt, "attend_fa4", train_gpt.attend_ref)
+    x, gain = torch.ones(1, 4, 4, 12, device=DEVICE), torch.ones(2, device=DEVICE)
     segments = train_gpt.Segments(torch.tensor([0, 4], dtype=torch.int32, device=DEVICE), 4)
     rope = torch.ones(2, 4, 6, device=DEVICE)
-    y = train_gpt.heads(x, x[..., :0], gain, None, rope, train_gpt.attend_fa4, segments, True, 1.0)
+    attend = train_gpt.attend_fa4
+    y = train_gpt.heads(x, x[..., 0, :0], gain, None, rope, attend, segments, True, 1.0)
     assert y.shape == (1, 4, 24)
+
+
+@kernels
+def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
+    """No twin is called, and the gradient of every parameter errs like that of plain PyTorch."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    size = {} if INTERPRETED else dict(model_dim=256, rope_dims=16)
+    cfg = tiny(**size, num_layers=3, xsa_last_n=2, parallel_start_layer=2, loop_end=1,
+               gated_xsa=True, asym_logit_rescale=True, logit_softcap=3.0)
+    row = row_of(documents([7, 12]))
+    ids, targets, cu = (x.to(DEVICE) for x in (row.ids, row.targets, row.segments.cu))
+    segments = train_gpt.Segments(cu, row.segments.max_len)
+
+    def run(kind, attend):
+        model = busy_model(cfg, attend=attend).to(DEVICE)
+        model.dtype = kind
+        model = model.double() if kind == torch.float64 else model
+        loss = model(ids, targets, segments, True)
+        grads = torch.autograd.grad(loss.mean(), [*model.parameters()])
+        names = [name for name, _ in model.named_parameters()]
+        return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "fused", lambda x: False)
+        truth, native = run(torch.float64, train_gpt.attend_ref), run(dtype, train_gpt.attend_ref)
+    if not has_fa4():
+        monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
+        monkeypatch.setattr(train_gpt, "fa4_backward", plain_attention_back)
+    for twin in ("heads_ref", "softcap_cross_entropy_ref", "leaky_mlp_ref", "mix_norm_ref"):
+        monkeypatch.setattr(train_gpt, twin, None)
+    ours = run(dtype, train_gpt.attend_fa4)
+    assert ours["softcap_pos"].any() and ours["blocks.2.attn.xsa_alpha"].any()
+    errors = torch.tensor([[(x[name].double() - t).norm() / (t.norm() + 1e-12)
+                            for name, t in truth.items()] for x in (ours, native)])
+    assert (errors[0] <= 3 * errors[1] + 1e-6).all(), dict(zip(truth, errors.T.tolist()))
+    assert errors[0].norm() <= 2 * errors[1].norm() + 1e-6

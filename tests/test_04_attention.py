@@ -1,7 +1,7 @@
 """§4 Attention: every backend that can run here against attend_ref, values and gradients.
 
 No tolerance is chosen: the error against float64 may be twice the plain twin's own error in the
-same number type. On a CUDA machine the same tests cover varlen, fa3 and fa4.
+same number type. On a CUDA machine the same tests cover varlen and fa4.
 """
 import math
 import sys
@@ -16,7 +16,7 @@ from train_gpt import FA4, Segments, attend_packed, attend_ref, attend_sdpa, cho
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
-BACKENDS = ["fa4", "fa3", "varlen", "sdpa"]
+BACKENDS = ["fa4", "varlen", "sdpa"]
 
 LENGTHS = {  # of the segments, and how often cu repeats N at its end
     "ragged": ([5, 37, 1, 64, 12, 12, 12, 130], 0),
@@ -172,36 +172,17 @@ def test_a_batch_is_one_dense_call_that_reads_no_lengths(monkeypatch):
 
 # ---- adapters, with stand-ins for what is not installed
 
-def flash_forward(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                  softmax_scale=None, causal=False, return_lse=False):
-    """What flash_attn.cute.interface._flash_attn_fwd returns: (out, lse, and three more)."""
-    assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
-    y = attend_ref(q, k, v, Segments(cu_seqlens_q, max_seqlen_q)).detach().contiguous()
-    return y, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), None, None, None
-
-
-def flash_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q,
-                   cu_seqlens_k, max_seqlen_q, max_seqlen_k, dq=None, dk=None, dv=None):
-    """The gradients by hand, since autograd is off inside an operator."""
-    assert causal and lse.shape == (q.shape[1], q.shape[0]) and out.shape == dout.shape
-    (N, H, D), K = q.shape, k.shape[1]
-    segment = torch.searchsorted(cu_seqlens_q, torch.arange(N, device=q.device), right=True)
-    seen = (segment[:, None] == segment).tril()
-    wide_k, wide_v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
-    scores = torch.einsum("nhd,mhd->hnm", q, wide_k) / math.sqrt(D)
-    p = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    dp = torch.einsum("nhd,mhd->hnm", dout, wide_v)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / math.sqrt(D)
-    dq.copy_(torch.einsum("hnm,mhd->nhd", ds, wide_k))
-    dk.copy_(torch.einsum("hnm,nhd->mhd", ds, q).unflatten(1, (K, -1)).sum(2))
-    dv.copy_(torch.einsum("hnm,nhd->mhd", p, dout).unflatten(1, (K, -1)).sum(2))
-    return dq, dk, dv
+def flash_varlen(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                 max_seqlen_k=None, causal=False):
+    """What flash_attn.cute.interface.flash_attn_varlen_func returns: (out, lse)."""
+    assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+    return attend_ref(q, k, v, Segments(cu_seqlens_q, max_seqlen_q)), None
 
 
 @pytest.fixture
 def fake_fa4(monkeypatch):
     module = types.ModuleType(FA4)
-    module._flash_attn_fwd, module._flash_attn_bwd = flash_forward, flash_backward
+    module.flash_attn_varlen_func = flash_varlen
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, FA4, module)
@@ -214,22 +195,17 @@ def test_fa4_passes_values_and_gradients(fake_fa4):
 
 def test_packed_adapter_speaks_each_release():
     def torch_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        return "2.10", is_causal, cu_seq_q, max_k
+        return "2.10" if is_causal and max_k == 2 else "wrong"
 
     def torch_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                    window_size=(-1, -1), enable_gqa=False, num_splits=None):
         return {"window": window_size, "grouped": enable_gqa}
-
-    def fa3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
-            softmax_scale=None, causal=False, window_size=(-1, -1)):
-        return {"causal": causal, "window": window_size}, "lse"
 
     segments = make([2])
     assert attend_packed(lambda *a, is_causal=False: [*a, is_causal])(1, 2, 3, segments) == [
         1, 2, 3, segments.cu, segments.cu, 2, 2, True]
     assert attend_packed(torch_2_10)(1, 2, 3, segments) == "2.10"
     assert attend_packed(torch_2_12)(1, 2, 3, segments) == {"window": (-1, 0), "grouped": True}
-    assert attend_packed(fa3)(1, 2, 3, segments) == {"causal": True, "window": (-1, 0)}
 
 
 # ---- the choice
@@ -237,7 +213,7 @@ def test_packed_adapter_speaks_each_release():
 def test_cpu_takes_sdpa_and_says_why():
     chosen = choose_attention(torch.device("cpu"), torch.float32)
     assert chosen.name == "sdpa" and chosen.function is attend_sdpa
-    for part in ("fa4: needs CUDA", "fa3: needs CUDA", "varlen: needs CUDA", "using sdpa"):
+    for part in ("fa4: needs CUDA", "varlen: needs CUDA", "using sdpa"):
         assert part in chosen.reason
     assert "\n" not in chosen.reason
     assert choose_attention(torch.device("cpu"), torch.float32, "ref").function is attend_ref
@@ -260,10 +236,36 @@ def test_choice_by_capability(capability, name, fake_fa4, monkeypatch):
 def test_broken_packages_are_passed_over_with_their_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, FA4, None)  # importing it now raises ImportError
-    empty = types.ModuleType("flash_attn_interface")
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", empty)
+    empty = types.ModuleType("torch.nn.attention.varlen")
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", empty)
     chosen = choose_attention(torch.device("cuda"), torch.bfloat16)
-    assert chosen.name == "varlen"
-    assert "fa4: " in chosen.reason and "has no attribute 'flash_attn_varlen_func'" in chosen.reason
+    assert chosen.name == "sdpa"
+    assert "fa4: " in chosen.reason and "has no attribute 'varlen_attn'" in chosen.reason
     with pytest.raises(train_gpt.UserError, match="pip install flash-attn-4"):
         choose_attention(torch.device("cuda"), torch.bfloat16, "fa4")
+
+
+# ---- one choice for all ranks
+
+def ranks(monkeypatch, *chosen):
+    """A runtime whose collective answers with these (name, reason)."""
+    def gather(found, own):
+        assert own == chosen[0]
+        found[:] = chosen
+
+    monkeypatch.setattr(train_gpt.dist, "all_gather_object", gather)
+    return train_gpt.Runtime(0, len(chosen), DEVICE)
+
+
+def test_ranks_agree_or_all_refuse(monkeypatch):
+    mine = train_gpt.Attention("fa4", "using fa4", attend_ref)
+    rt = ranks(monkeypatch, ("fa4", "using fa4"), ("fa4", "using fa4"))
+    assert train_gpt.agree_on(mine, rt).reason == "using fa4 on every rank"
+    assert train_gpt.agree_on(mine, train_gpt.Runtime(0, 1, DEVICE)).function is attend_ref
+    why = "fa4: No module named 'flash_attn'; using varlen"
+    rt = ranks(monkeypatch, ("fa4", "using fa4"), ("fa4", "using fa4"), ("varlen", why))
+    with pytest.raises(train_gpt.UserError) as caught:
+        train_gpt.agree_on(mine, rt)
+    text = str(caught.value)
+    assert "rank 0 takes fa4, rank 2 varlen" in text and why in text and "ATTENTION=sdpa" in text
+    assert "\n" not in text

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import busy_model, cosine_start, documents, losses_of, row_of, tiny
+from tests.tools import (
+    ROOT,
+    busy_model,
+    cosine_start,
+    documents,
+    losses_of,
+    row_of,
+    runtime,
+    tiny,
+)
 
 EPS = float(torch.finfo(torch.float32).eps)
 IDS = documents([9, 14, 1, 22], seed=5)  # four documents in one row
@@ -495,3 +504,53 @@ def test_gradients_of_a_low_rank_product():
     t.LowRank.apply(low, *masters, 1.7).sum().backward()
     assert low.grad.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 and p.grad.is_contiguous() for p in masters)
+
+
+# ---- the rotary pairs, and what leaves the fast path
+
+def test_cosines_are_float32_of_the_pairs_that_turn():
+    """Rounded once from float64, whatever number type the model computes in."""
+    cfg = tiny(rope_dims=4)
+    angle = np.arange(50)[:, None] * cfg.rope_base ** (-np.array([0.0, 2.0]) / 4)
+    want = np.stack((np.cos(angle), np.sin(angle))).astype(np.float32)
+    assert np.array_equal(t.rotation(torch.arange(50), cfg).numpy(), want)
+    model = t.GPT(cfg, t.attend_ref, torch.bfloat16)
+    seen = []
+    model.heads = lambda x, near, gain, gate, rope, *rest: seen.append(rope) or t.heads(
+        x, near, gain, gate, rope, *rest)
+    losses_of(model, IDS)
+    assert all(rope.dtype == torch.float32 and rope.shape[2] == 2 for rope in seen)
+
+
+SLOW = [
+    ({}, "fa4", "bfloat16", []), ({}, "varlen", "bfloat16", ["FlashAttention-4", "3.7", "4.8"]),
+    (dict(num_heads=6, num_kv_heads=3, model_dim=24), "fa4", "bfloat16", ["(6, 3, 4)"]),
+    (dict(mlp_mult=1.125), "fa4", "bfloat16", ["MLP"]),
+    (dict(vocab_size=20000), "fa4", "bfloat16", ["VOCAB_SIZE"]),
+    (dict(fused_ce_enabled=False), "fa4", "bfloat16", ["FUSED_CE_ENABLED=0"]),
+    (dict(compile=False), "fa4", "bfloat16", ["COMPILE=0"]),
+    (dict(gated_xsa=True, asym_logit_rescale=True), "fa4", "bfloat16", [])]
+
+
+@pytest.mark.parametrize(("changes", "attention", "dtype", "words"), SLOW, ids=str)
+def test_what_leaves_the_fast_path_says_so_in_one_line(changes, attention, dtype, words,
+                                                       monkeypatch, capsys):
+    monkeypatch.setattr(t, "fused", lambda x: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    rt = t.Runtime(0, 1, torch.device("cuda"))
+    t.log_slow_paths(tiny(**changes), t.Attention(attention, "", None), rt)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(words)
+    assert all(line.startswith("slow path: ") for line in lines)
+    assert all(word in lines[0] for word in words)
+    t.log_slow_paths(tiny(**changes), t.Attention("sdpa", "", None), runtime())
+    assert capsys.readouterr().out == ""  # a CPU has no fast path to fall off
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (ROOT / "presets").glob("*.env")))
+def test_no_preset_leaves_the_fast_path(preset, monkeypatch, capsys):
+    monkeypatch.setattr(t, "fused", lambda x: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    cfg = t.Config.from_env({"PRESET": preset}, ROOT)
+    t.log_slow_paths(cfg, t.Attention("fa4", "", None), t.Runtime(0, 1, torch.device("cuda")))
+    assert capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -209,19 +210,19 @@ def test_asymmetric_scales_are_those_of_the_format():
 def test_hessians_are_sums_over_every_pass(tmp_path):
     cfg = tiny()
     model, seen = busy_model(cfg), {}
-    hessians = t.Hessians()
+    hessians = {}
     rows = [row_of(documents([30, 33], seed=s)) for s in (1, 2)]
 
     def both(name, x):
         seen.setdefault(name, []).append(x.flatten(0, 1).double())
-        hessians.observe(name, x)
+        t.add_hessian(hessians, name, x)
 
     for row in rows:
         model.hidden(row.ids, row.segments, True, observe=both)
     assert len(seen["attn.1"]) == 4 and len(seen["attn.0"]) == 2
     for name, inputs in seen.items():
         X = torch.cat(inputs)
-        torch.testing.assert_close(hessians.sums[name].double(), X.T @ X, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hessians[name].double(), X.T @ X, rtol=1e-4, atol=1e-4)
 
     class Rows:
         def step(self, step):
@@ -229,7 +230,7 @@ def test_hessians_are_sums_over_every_pass(tmp_path):
             return rows
 
     mean = t.calibrate(model, Rows(), 5, runtime())  # two batches of the same two rows
-    for name, H in hessians.sums.items():
+    for name, H in hessians.items():
         torch.testing.assert_close(mean[name], H, rtol=1e-4, atol=1e-4)
 
 
@@ -267,11 +268,11 @@ def test_a_run_with_too_little_damping_ends_well(program, quantiser):
 
 def quantised(cfg, seed=0):
     model = busy_model(cfg, seed)
-    hessians = t.Hessians()
+    hessians = {}
     row = row_of(documents([60, 60], seed=4))
     with torch.no_grad():
-        model.hidden(row.ids, row.segments, True, observe=hessians.observe)
-    return model, t.quantise(model.state_dict(), hessians.sums, cfg)
+        model.hidden(row.ids, row.segments, True, observe=partial(t.add_hessian, hessians))
+    return model, t.quantise(model.state_dict(), hessians, cfg)
 
 
 @pytest.mark.parametrize("changes", [
@@ -318,11 +319,11 @@ def test_the_columns_that_matter_most_are_protected():
     """The groups by a loop over all matrices' own inputs, in the units of one token."""
     cfg = tiny(awq_lite_enabled=True, awq_lite_group_size=8, awq_lite_group_top_k=5,
                train_batch_tokens=120, lqer_enabled=False)
-    model, inputs, hessians = busy_model(cfg), {}, t.Hessians()
+    model, inputs, hessians = busy_model(cfg), {}, {}
 
     def observe(name, x):
         inputs.setdefault(name, []).append(x.flatten(0, -2))
-        hessians.observe(name, x)
+        t.add_hessian(hessians, name, x)
 
     row = row_of(documents([58, 60], seed=4))  # 120 ids: a batch
     with torch.no_grad():
@@ -336,11 +337,11 @@ def test_the_columns_that_matter_most_are_protected():
                 x[:, c].square().mean().sqrt().item() * W[:, c].abs().mean().item()
                 for c in range(start, start + 8))
     best = sorted(scores, key=scores.get)[-5:]
-    tensors = t.quantise(model.state_dict(), hessians.sums, cfg)
+    tensors = t.quantise(model.state_dict(), hessians, cfg)
     got = [(name.removesuffix(".awq_start"), start) for name in tensors
            if name.endswith(".awq_start") for start in tensors[name].tolist()]
     assert sorted(got) == sorted(best)
-    plain = t.dequantise(t.quantise(model.state_dict(), hessians.sums,
+    plain = t.dequantise(t.quantise(model.state_dict(), hessians,
                                     tiny(lqer_enabled=False)), model)
     state = t.dequantise(tensors, model)
     for m in t.matrices(cfg):
@@ -704,3 +705,60 @@ def test_trellis_state_dict_round_trip(changes):
             t.dequantise({**fitted[-1], "trellis": torch.tensor(states, dtype=torch.int16)}, model)
     with pytest.raises(t.UserError, match="trellis"):
         t.dequantise({n: x for n, x in fitted[-1].items() if n != "trellis"}, model)
+
+# ---- the same weights on every machine
+
+def test_octaves_are_correctly_rounded():
+    """Bit for bit what exact arithmetic gives, for every int8."""
+    bits = [0x3F800000, 0x3F8B95C2, 0x3F9837F0, 0x3FA5FED7, 0x3FB504F3, 0x3FC5672A, 0x3FD744FD,
+            0x3FEAC0C7]  # of 2^(i/8)
+    c = torch.arange(-128, 128).to(torch.int8)
+    want = [bits[i & 7] + ((i >> 3) << 23) for i in range(-128, 128)]
+    assert t.octaves(c).view(torch.int32).tolist() == want
+
+
+def test_trellis_and_low_rank_weights_are_elementwise_products(monkeypatch):
+    """Decoding asks no library for a sum, an exponential or a product of matrices."""
+    m, c = torch.randint(-9, 9, (40, 24), dtype=torch.int8), torch.arange(-12, 12).to(torch.int8)
+    s = torch.rand(40).half()
+    k = torch.from_numpy(t.trellis_walk(m.numpy(), t.trellis_bits(8)))
+    want = k.numpy() * s.float().numpy()[:, None] * np.exp2(c.numpy() / 8).astype(np.float32)
+    assert np.array_equal(t.decode_trellis(m, s, c, 8).numpy(), want)
+    piece = t.encode_lqer(torch.randn(40, 24), tiny(lqer_rank=3))
+    A, B = (t.decode_group(piece[f"lqer_{x}"], piece[f"lqer_s{x}"]).numpy() for x in "ab")
+    want = A[:, :1] * B[0] + A[:, 1:2] * B[1] + A[:, 2:] * B[2]
+    for name in ("matmul", "mm", "addmm", "einsum", "exp2"):
+        monkeypatch.setattr(torch, name, None)
+    for name in ("__matmul__", "exp2", "exp"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    assert np.array_equal(t.decode_lqer(piece).numpy(), want)
+    assert t.decode_trellis(m, s, c, 8).isfinite().all()
+
+
+class Share:
+    """Rows of two steps as rank `rank` of `world` gets them: 8 a step, in order."""
+
+    def __init__(self, rank, world):
+        self.rows = [row_of(documents([9, 14], seed=s)) for s in range(16)]
+        self.rank, self.each = rank, 8 // world
+
+    def step(self, step):
+        first = 8 * step + self.rank * self.each
+        return self.rows[first : first + self.each]
+
+
+def test_sensitivities_are_the_same_in_any_world(monkeypatch):
+    """1, 2, 4 and 8 ranks, whose sums are added here by hand."""
+    model = busy_model(tiny(num_layers=3, xsa_last_n=3, parallel_start_layer=0, loop_end=1))
+    hessians, found = t.calibrate(model, Share(0, 1), 0, runtime(), batches=1), {}
+    for world in (1, 2, 4, 8):
+        parts = []
+        rt = runtime()
+        monkeypatch.setattr(rt, "sum_", lambda x, parts=parts: parts.append(x.clone()) or x)
+        for rank in range(world):
+            t.sensitivities(model, Share(rank, world), 0, hessians, rt)
+        monkeypatch.setattr(rt, "sum_", lambda x, parts=parts: sum(parts))
+        found[world] = t.sensitivities(model, Share(0, world), 0, hessians, rt)
+    for world in (2, 4, 8):
+        for name, x in found[1].items():
+            torch.testing.assert_close(found[world][name], x, rtol=1e-4, atol=0)
