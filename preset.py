@@ -4,6 +4,8 @@ train_gpt.py loads this beside itself; its packed program carries the settings o
 without."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -112,3 +114,11 @@ def help_text() -> str:
     """All settings with their defaults and one line each, for --help."""
     lines = [f"  {n} [{f.default}] {f.metadata['help']}" for n, f in t.SETTINGS.items()]
     return "\n".join((t.__doc__ or "train_gpt.py", "Settings, with their [defaults]:", *lines))
+
+
+def print_help() -> None:
+    """The same on standard output, whose reader (`| head`) may leave."""
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,11 +1,14 @@
 """preset.py: near misses of common names; reading a preset is in test_01_config.py."""
 
+import subprocess
+import sys
+
 import pytest
 
 import preset
 import train_gpt as t
 from tests.test_01_config import OTHERS
-from tests.tools import PRESETS, ROOT
+from tests.tools import PRESETS, PROGRAM, ROOT
 
 
 def lines(**environ) -> str:
@@ -58,6 +61,15 @@ def test_a_run_warns(program):
     code, out, err = program(PREQUANT_ONLY=1, ITERATIONS=1, LEARNING_RATE=1)
     assert code == 0, err
     assert out.count("warning: LEARNING_RATE=1 is not read; the setting is MATRIX_LR") == 1
+
+
+def test_help_may_be_cut_short():
+    """`python train_gpt.py --help | head -1`"""
+    command = f"set -o pipefail; {sys.executable} {PROGRAM} --help | head -1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False,
+                         timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("Train a ")
 
 
 @pytest.mark.parametrize("name", PRESETS)
