@@ -380,7 +380,7 @@ GOOD = '{"text": "fine"}\n'
 @pytest.mark.parametrize(("line", "said"), [
     ("{oops}", "not JSON ("), ("[" * 100_000, "not JSON that can be read"),
     ('{"text": "a"} {"text": "b"}', "not JSON (Extra data at column 15)"),
-    ("9" * 5000, "not JSON that can be read"), (b'"\xff"', "not UTF-8 ("),
+    ("9" * 5000, "int, where an object"), (b'"\xff"', "not UTF-8 ("),
     ('{"body": "x"}', 'the object has no "text"'),
     ('{"text": null}', '"text" must be a string, not NoneType'),
     ('{"text": 3}', '"text" must be a string, not int'), ("[1]", "list, where an object"),
