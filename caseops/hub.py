@@ -136,8 +136,9 @@ def download_docs(remote, out, scratch):
     if told.get("docs_bytes", docs.stat().st_size) != docs.stat().st_size:
         raise UserError(f"{docs}: {docs.stat().st_size:,} bytes, but {DOCS[1]} says "
                         f"{told['docs_bytes']:,}; the repository disagrees with itself")
+    n_val = told.get("docs_val") or told.get("num_val_docs") or 50_000
     say(f"written: {docs}, {told.get('num_docs', 'unknown number of')} documents; prepare them with"
-        f" --val-docs {told.get('docs_val') or told.get('num_val_docs') or 50_000}")
+        f" --name fineweb10B --val-docs {n_val}")
 
 
 def download_caseops(remote, out, scratch, train_shards):

@@ -142,7 +142,7 @@ class Rows(Chunk):
     unit, noun = "row ", "row"
 
     def _batch(self):
-        return require("pyarrow").ipc.open_stream(self.data).read_next_batch()
+        return require("pyarrow.ipc").open_stream(self.data).read_next_batch()
 
     def count(self):
         """How many documents there are."""
@@ -166,9 +166,8 @@ class Rows(Chunk):
 
 def arrow_stream(batch):
     """A record batch as bytes."""
-    arrow = require("pyarrow")
-    sink = arrow.BufferOutputStream()
-    with arrow.ipc.new_stream(sink, batch.schema) as stream:
+    sink = require("pyarrow").BufferOutputStream()
+    with require("pyarrow.ipc").new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
@@ -424,7 +423,7 @@ class Source:
             raise UserError(f"{path}: {n or 'no'} column{'s'[:n]} {self.column!r}; give "
                             f"--text-column one of {', '.join(schema.names)}")
         kind = schema.field(self.column).type
-        if arrow.types.is_dictionary(kind):  # each text stored once; `_rows` gives it back
+        if isinstance(kind, arrow.DictionaryType):  # each text stored once; `_rows` gives it back
             kind = kind.value_type
         if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
             raise UserError(f"{path}: column {self.column!r} holds {kind}, not strings; give "
@@ -440,7 +439,7 @@ class Source:
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(256, [group], [self.column], use_threads=False):
-                    if arrow.types.is_dictionary(batch.column(0).type):
+                    if isinstance(batch.column(0).type, arrow.DictionaryType):
                         text = batch.column(0).dictionary_decode()
                         batch = arrow.record_batch([text], [self.column])
                     for part in halves(batch):

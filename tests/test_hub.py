@@ -283,7 +283,7 @@ def test_the_set_is_fetched_checked_and_completed(server, published, tmp_path, c
 def test_the_documents_are_fetched(server, published, tmp_path, capsys):
     assert prep.main(["--download", "docs", "--out", str(tmp_path)]) == 0
     assert tree(tmp_path) == {Path(n).name: d for n, d in published.items() if "docs_sel" in n}
-    assert "--val-docs 9" in capsys.readouterr().out
+    assert "--name fineweb10B --val-docs 9" in capsys.readouterr().out
 
 
 def test_a_broken_transfer_goes_on_where_it_stopped(server, published, tmp_path, capsys):
