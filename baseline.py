@@ -105,7 +105,8 @@ def compare(paths: list[Path], baseline: list[Path]) -> dict[str, Any]:
     try:
         import scipy.stats  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("--baseline needs scipy: pip install -r requirements-report.txt") from None
+        raise UserError("--baseline needs scipy; source .venv/bin/activate, or pip install -r "
+                        "requirements-report.txt") from None
     ours, theirs = rows_of(paths), rows_of(baseline)
     check_other_runs(ours, theirs, baseline[0])
     stages = {}

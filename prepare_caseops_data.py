@@ -81,8 +81,8 @@ try:
     )
     from caseops.workers import DIGEST_BYTES, encode_all, text_digest
 except ModuleNotFoundError as missing:
-    print(f"error: {missing.name} is not installed; pip install -r requirements.txt",
-          file=sys.stderr)
+    print(f"error: {missing.name} is not installed; source .venv/bin/activate, or pip install -r "
+          "requirements.txt", file=sys.stderr)
     sys.exit(2)
 
 PROGRAM_VERSION = "1.1"

@@ -40,7 +40,7 @@ class Keeper:
         self.earlier = 0.0  # seconds of scoring before the run was killed
         self.identity = {
             "format": FORMAT, "data": hashlib.sha256(data.encode()).hexdigest(),
-            "shards": shard_digest(t.data_folder(cfg)), "program": t.program_digest(),
+            "shards": shard_digest(t.data_folder(cfg)), "program": t.PROGRAM_DIGEST,
             **{k: v for k, v in t.changed(cfg).items() if k not in t.NOT_OF_A_RUN}}
         self.state = self.read(self.path) or {"stage": "start"}
         if "record" in self.state:
@@ -340,6 +340,22 @@ class Lifeline(threading.Thread):
         self.done = True
         with contextlib.suppress(RuntimeError):
             self.store.add("over", 1)
+
+
+def await_store(address: str, port: str, listens: bool, seconds: float) -> None:
+    """Until the store of the ranks answers at (address, port); OSError where the name is unknown or
+    nobody answers in time. listens: this process will be the host. PyTorch's own client would go on
+    for minutes and print its stack."""
+    socket.getaddrinfo(address, port)
+    end = time.monotonic() + seconds
+    while not listens:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:

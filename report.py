@@ -24,8 +24,8 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ModuleNotFoundError:
-    raise runlogs.UserError(
-        "--report needs matplotlib: pip install -r requirements-report.txt") from None
+    raise runlogs.UserError("--report needs matplotlib; source .venv/bin/activate, or pip install "
+                            "-r requirements-report.txt") from None
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 STYLE = {"figure.figsize": (7.5, 4.2), "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3,

@@ -1,21 +1,16 @@
 """Train a 36M-parameter language model in 600 s on 8 H100s, pack it into 16 MB, score it.
-
-Claim     the pipeline of parameter-golf record #1855 (published: 1.06108 bits per byte, n = 3)
-          and what followed it, as one readable program. What it measured stands in README.md.
+Claim     record #1855 of parameter-golf (1.06108 BPB, n = 3) and what followed; README.md has more
 Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8 processes
           PRESET=cpu_demo python train_gpt.py                       a laptop CPU
           TTT_EVAL_ONLY=1 python final_program.py                   score a finished artifact again
-          python train_gpt.py audit                                 prove that its score is legal
+          python train_gpt.py audit | sample "Once upon"            is it legal? what does it write?
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
-
 Contents
   §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
   §1 Config            §5 Model             §9 Artifact               §13 Score rules
   §2 Runtime           §6 Optimisers        §10 Evaluation            §14 Training
   §3 Kernels           §7 Data              §11 Test-time training    §15 Main
-
-Symbols: B batch, T tokens of a row, N = B T, d model width, D head width, H query heads, K key and
-value heads, V vocabulary. Weights are stored [out, in].
+Symbols: B batch, T tokens, N = B T, d width, D head width, H query, K key heads, V vocabulary.
 """
 # ==================================================================================================
 # §0 Header
@@ -51,17 +46,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+if "__program__" not in globals():  # what runs, before the slow imports; a packed one brings it
+    __program__ = Path(__file__).read_bytes()
+    linecache.cache[__file__] = 0, None, __program__.decode().splitlines(True), __file__
+NEEDED = "is not installed; source .venv/bin/activate, or pip install -r requirements.txt"
 try:
     import brotli
-except ImportError:  # check_compressor says how to get it
-    brotli = None
+    import numba
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} {NEEDED}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ==================================================================================================
@@ -75,6 +74,18 @@ def require(holds: Any, problem: str) -> None:
     """UserError with the text of the problem unless it holds."""
     if not holds:
         raise UserError(problem)
+
+
+def extra(name: str, needed: bool = True) -> Any:
+    """A module beside this file that only some modes need. The packed program travels alone, with
+    variants.py inside where its settings ask for that."""
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        require(error.name == name, f"{error.name} {NEEDED}")
+        require(not needed, f"{name}.py is missing: run train_gpt.py in its repository")
+        return None
 
 
 def setting(default: Any, text: str, lo: float | None = None, hi: float | None = None,
@@ -104,6 +115,7 @@ class Config:
     ttt_eval_only: bool = setting(False, "load the artifact and only score it")
     prequant_only: bool = setting(False, "stop before quantisation")
     quantize_only: bool = setting(False, "load final_model.pt instead of training")
+    init_from: str = setting("", "a final_model.pt whose weights training starts from")
     checkpoint_every_seconds: float = setting(0.0, "between checkpoints; 0: none, no resuming", 0)
     legality_check: bool = setting(False, "audit the artifact at the end of a run")
     scores_path: str = setting("", "FILE.npz for every target's nats and its place in the order")
@@ -114,8 +126,7 @@ class Config:
     val_batch_tokens: int = setting(524288, "tokens of 8 evaluation rows", 64)
     eval_seq_len: int = setting(3072, "longest attention segment in plain evaluation", 2)
     eval_include_tail: bool = setting(True, "score all; off: a multiple of EVAL_SEQ_LEN targets")
-    train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,...: TRAIN_SEQ_LEN "
-                                      "up to that fraction; none where only that is given")
+    train_seq_schedule: str = setting("1024@0.1,2048@0.7,3072@1.0", "LENGTH@END,... or none")
     seq_change_warmup_steps: int = setting(32, "steps of rising rate after a change of length", 0)
     # -- model
     num_layers: int = setting(11, "n, blocks", 2, 256)
@@ -148,8 +159,7 @@ class Config:
     iterations: int = setting(20000, "most steps", 1)
     force_stop_step: int = setting(0, "stop after this step, whatever the clock says; 0: off", 0)
     max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS rule", 0)
-    gptq_reserve_seconds: float = setting(-1.0, "part of the budget that training leaves free for "
-                                          "calibration; -1: what that is measured to take", -1)
+    gptq_reserve_seconds: float = setting(-1.0, "kept of it for calibration; -1: as measured", -1)
     warmup_steps: int = setting(20, "untimed compile warm-up steps on synthetic ids", 0)
     warmdown_frac: float = setting(0.85, "last fraction over which the learning rate falls", 0, 1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", 0, 1)
@@ -180,8 +190,7 @@ class Config:
     gptq_calibration_batches: int = setting(16, "training batches behind the Hessians", 1)
     matrix_bits: int = setting(6, "bits of the block matrices", 2, 8)
     embed_bits: int = setting(7, "bits of the embedding", 2, 8)
-    matrix_clip_sigmas: float = setting(12.85, "clipping range of other matrices (none here)", 0.1)
-    attn_clip_sigmas: float = setting(13.0, "of the attention matrices", 0.1)
+    attn_clip_sigmas: float = setting(13.0, "clipping range of the attention matrices", 0.1)
     mlp_clip_sigmas: float = setting(11.5, "of the MLP matrices", 0.1)
     embed_clip_sigmas: float = setting(14.0, "of the embedding", 0.1)
     gated_attn_quant_gate: bool = setting(True, "store the sparse gates as int8 rows; off: float16")
@@ -266,13 +275,16 @@ class Config:
     slot_batch_seqs: int = setting(128, "divisor of its gradients", 1)
 
     @staticmethod
-    def from_env(environ: Mapping[str, str], folder: Path = Path()) -> "Config":
-        """Settings from a mapping like os.environ, over presets/PRESET.env, over BAKED; each makes
-        those below it give way (a schedule of lengths to another length, for one). UserError for
-        names that are unknown, values unreadable or out of range, and contradictions."""
-        preset = read_preset(environ["PRESET"], folder) if environ.get("PRESET") else {}
+    def from_env(environ: Mapping[str, str], folder: Path = Path(),
+                 own: Mapping[str, str] | None = None, check: bool = True) -> "Config":
+        """Settings from a mapping like os.environ, over presets/PRESET.env, over `own` (BAKED);
+        each makes those below it give way (a schedule of lengths to another length, for one).
+        UserError for names that are unknown, values unreadable or out of range, contradictions."""
+        own = {k: v for k, v in (BAKED if own is None else own).items() if k != "PRESET"}
+        preset = (extra("preset").read(environ["PRESET"], folder)
+                  if environ.get("PRESET") else {})
         cfg = Config()
-        for layer in ({k: (v, f"this program: {k}") for k, v in BAKED.items()}, preset,
+        for layer in ({k: (v, f"the run's own settings: {k}") for k, v in own.items()}, preset,
                       {k: (v, f"environment: {k}") for k, v in environ.items() if is_ours(k)}):
             new = read_settings(layer)
             other_length = new.get("train_seq_len", cfg.train_seq_len) != cfg.train_seq_len
@@ -282,7 +294,7 @@ class Config:
                       ("ngram_tilt_enabled", False, no_tilt),
                       ("quantiser", "uniform", new.get("awq_lite_enabled")))
             cfg = replace(cfg, **{name: value for name, value, holds in yields if holds} | new)
-        return cfg.checked()
+        return cfg.checked() if check else cfg
 
     def checked(self) -> "Config":
         """This configuration, or UserError for the first settings that contradict each other."""
@@ -397,31 +409,27 @@ class Config:
 
     def architecture(self) -> dict[str, Any]:
         """The settings that fix the function of given weights; an artifact carries them."""
-        names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads",
-                 "hidden_dim", "gate_window", "num_loops", "loop_start", "loop_end", "rope_base",
-                 "rope_dims", "xsa_last_n", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
-                 "smear_gate_enabled", "skip_gates_enabled", "ln_scale", "logit_softcap",
-                 "asym_logit_rescale", "leaky_relu_slope", "gated_xsa",
-                 "parallel_start_layer", "parallel_final_lane")
-        return {name: getattr(self, name) for name in names}
+        names = ("vocab_size num_layers model_dim num_heads num_kv_heads hidden_dim gate_window "
+                 "num_loops loop_start loop_end rope_base rope_dims xsa_last_n "
+                 "sparse_attn_gate_enabled sparse_attn_gate_scale smear_gate_enabled "
+                 "skip_gates_enabled ln_scale logit_softcap asym_logit_rescale leaky_relu_slope "
+                 "gated_xsa parallel_start_layer parallel_final_lane")
+        return {name: getattr(self, name) for name in names.split()}
 
 
 SETTINGS = {f.name.upper(): f for f in fields(Config)}
 # Names that #1855 and its lineage set, each with the only values that this program can honour.
-FIXED = {
-    "TIE_EMBEDDINGS": ("1",), "ROPE_YARN": ("0",), "ROPE_TRAIN_SEQ_LEN": ("2048", "3072"),
-    "EVAL_STRIDE": ("64", "1536"), "COMPILE_SHAPE_WARMUP": ("1",), "SKYLIGHT_MUON": ("0",),
-    "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock",), "TEMPERATURE_SCALE": ("1.0", "1"),
-    "WORD_NORMALIZE": ("strip_punct_lower",), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": ("0",),
-    "GATED_ATTN_ENABLED": ("0",), "GATED_ATTN_INIT_STD": ("0.01",), "VAL_DOC_FRACTION": ("1.0",),
-    "ATTN_OUT_GATE_ENABLED": ("0",), "ATTN_OUT_GATE_SRC": ("proj",), "PHASED_TTT_ENABLED": ("1",),
-    "SPARSE_ATTN_GATE_INIT_STD": ("0.0", "0"), "TTT_EVAL_BATCHES": ("",), "TTT_GRAD_STEPS": ("1",),
-    "TTT_OPTIMIZER": ("adam",), "GLOBAL_TTT_EPOCHS": ("1",), "GLOBAL_TTT_WARMUP_CHUNKS": ("0",),
-    "GLOBAL_TTT_WARMUP_START_LR": ("0.0", "0")}
+FIXED = {name: tuple(values.split("|")) for name, values in re.findall(r"(\w+)=(\S*)", """
+    TIE_EMBEDDINGS=1 ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN=2048|3072 EVAL_STRIDE=64|1536
+    COMPILE_SHAPE_WARMUP=1 SKYLIGHT_MUON=0 TRAIN_SEQ_SCHEDULE_MODE=wallclock
+    TEMPERATURE_SCALE=1.0|1 WORD_NORMALIZE=strip_punct_lower NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
+    GATED_ATTN_ENABLED=0 GATED_ATTN_INIT_STD=0.01 VAL_DOC_FRACTION=1.0 ATTN_OUT_GATE_ENABLED=0
+    ATTN_OUT_GATE_SRC=proj PHASED_TTT_ENABLED=1 SPARSE_ATTN_GATE_INIT_STD=0.0|0 TTT_EVAL_BATCHES=
+    TTT_GRAD_STEPS=1 TTT_OPTIMIZER=adam GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_WARMUP_CHUNKS=0
+    GLOBAL_TTT_WARMUP_START_LR=0.0|0 MATRIX_CLIP_SIGMAS=12.85""")}
 # First words that other programs use too: there only a near miss of a whole name counts as ours.
-GENERIC = {"ALLOW", "ARTIFACT", "ATTENTION", "CHECKPOINT", "COMPILE", "DATA", "ENABLE", "FORCE",
-           "GLOBAL", "ITERATIONS", "MAX", "MIN", "MODEL", "NUM", "PARALLEL", "RUN", "SEED", "SKIP",
-           "TOKEN"}
+GENERIC = set(re.findall(r"\w+", """ALLOW ARTIFACT ATTENTION CHECKPOINT COMPILE DATA ENABLE FORCE
+    GLOBAL ITERATIONS MAX MIN MODEL NUM PARALLEL RUN SEED SKIP TOKEN"""))
 # The last three are of techniques in the lineage that this program lacks: refused, not ignored.
 PREFIXES = {name.split("_")[0] for name in (*SETTINGS, *FIXED, "MTP", "SWA", "QUANTIZER")} - GENERIC
 BAKED: dict[str, str] = {}  # the packed program carries the settings of its run here
@@ -437,19 +445,6 @@ def is_ours(name: str) -> bool:
     return known or bool(difflib.get_close_matches(name, SETTINGS, 1, 0.9))
 
 
-def suggest(name: str) -> str:
-    """The known name that is nearest word by word, then as a whole, if any is near."""
-    def alike(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
-
-    def likeness(known: str) -> tuple[float, float]:
-        words = [max(alike(a, b) for b in known.split("_")) for a in name.split("_")]
-        return sum(words) / len(words), alike(name, known)
-
-    best = max(SETTINGS, key=likeness)
-    return f"; did you mean {best}?" if likeness(best)[0] > 0.6 else ""
-
-
 def read_settings(given: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Field of Config -> value, of NAME -> (text, where it came from); UserError as from_env."""
     values = {}
@@ -460,7 +455,8 @@ def read_settings(given: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
         elif name in SETTINGS:
             values[name.lower()] = parse_value(SETTINGS[name], text, where)
         else:
-            raise UserError(f"{where}: no such setting{suggest(name)}; --help lists all")
+            near = (helper := extra("preset", needed=False)) and helper.suggest(name)
+            raise UserError(f"{where}: no such setting{near or ''}; --help lists all")
     return values
 
 
@@ -481,38 +477,41 @@ def parse_value(entry: Any, text: str, where: str) -> Any:
     return value
 
 
-def read_preset(name: str, folder: Path, where: str = "PRESET",
-                above: tuple[Path, ...] = ()) -> dict[str, tuple[str, str]]:
-    """Name -> (value, place) of the NAME=value lines of a preset; `#` begins a comment. PRESET=NAME
-    comes first, if at all, and starts from another one, beside it or here. `where` asks for this
-    preset, `above` are those that started from it."""
-    path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
-    known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
-    require(path.is_file(), f"{where}={name}: no file {path}; presets here: {known or 'none'}")
-    above = path.resolve(), *above
-    require(above[0] not in above[1:], f"{where}={name}: this preset starts from itself; break it")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable ({error}); save it as UTF-8 text") from None
-    found = {}
-    for number, line in enumerate(lines, 1):
-        key, sep, value = (part.strip() for part in line.split("#")[0].partition("="))
-        require(sep or not key, f"{path}:{number}: not a NAME=value line: {key}")
-        if key == "PRESET":
-            require(not found, f"{path}:{number}: PRESET must be the first setting of a preset")
-            near = path.parent / f"{value.removesuffix('.env')}.env"
-            base = str(near) if near.is_file() and near.resolve() != above[0] else value
-            found = read_preset(base, folder, f"{path}:{number}: PRESET", above)
-        elif sep:
-            found[key] = value, f"{path}:{number}: {key}"
-    return found
+def changed(cfg: Config, base: Config = Config()) -> dict[str, str]:  # noqa: B008
+    """The settings that differ from the defaults or `base`, as the environment would hold them."""
+    found = ((name, f.type, getattr(cfg, f.name)) for name, f in SETTINGS.items())
+    return {name: str(int(x) if kind is bool else x) for name, kind, x in found
+            if x != getattr(base, name.lower())}
 
 
-def help_text() -> str:
-    """All settings with their defaults and one line each, for --help."""
-    lines = [f"  {n} [{f.default}] {f.metadata['help']}" for n, f in SETTINGS.items()]
-    return "\n".join((__doc__ or "train_gpt.py", "Settings, with their [defaults]:", *lines))
+def baked(source: str, cfg: Config, preset: str = "") -> str:
+    """The program with this run's settings as its defaults, so that it scores without a preset."""
+    own = NOT_OF_A_RUN | {"TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY", "INIT_FROM"}
+    given = {n: text for n, text in changed(cfg).items() if n not in own} | {"PRESET": preset}
+    line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
+    assert len(line.findall(source)) == 1
+    return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
+
+
+LAUNCH = "start with torchrun, or unset WORLD_SIZE and RANK"
+
+
+def read_launch(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world, local rank) from what torchrun sets, (0, 1, 0) without it; UserError for what
+    is unreadable, or left over in a shell."""
+    told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    told |= {name: environ[name] for name in told if name in environ}
+    for name, text in told.items():
+        require(re.fullmatch(r"\s*-?\d+\s*", text), f"{name}={text}: not a whole number; {LAUNCH}")
+    rank, world, local, port = map(int, told.values())
+    require(world > 0 and 8 % world == 0,
+            f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
+    require(0 <= rank < world, f"RANK={rank}: must be below WORLD_SIZE={world}; {LAUNCH}")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if world > 1 else ():
+        require(environ.get(name), f"WORLD_SIZE={world} without {name}; {LAUNCH}")
+    require(local >= 0 and 0 < port < 65536,
+            f"LOCAL_RANK={local} MASTER_PORT={port}: out of range; {LAUNCH}")
+    return rank, world, local
 
 
 # ==================================================================================================
@@ -539,10 +538,11 @@ class Runtime:
         """Micro-batches a rank runs in a step: 8 over the world size."""
         return 8 // self.world
 
-    def log(self, text: str) -> None:
-        """One line to console and log file, by rank 0."""
+    def log(self, text: str, console: bool = True) -> None:
+        """One line to the log file and the console, by rank 0; UserError where that fails."""
         if self.rank == 0:
-            print(text, flush=True)
+            if console:
+                print(text, flush=True)
             if self.log_path:
                 self.write_log(text + "\n")
 
@@ -553,7 +553,6 @@ class Runtime:
             self.write_log("")
 
     def write_log(self, text: str) -> None:
-        """Append to the log; UserError where that fails."""
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("a") as f:
@@ -590,39 +589,38 @@ class Runtime:
         return torch.Generator(self.device).manual_seed(seed)
 
 
+def process_age() -> float:
+    """Seconds since the process began, imports included; 0 where /proc does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def start_runtime(environ: Mapping[str, str]) -> Runtime:
-    """The runtime of this process under torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or alone."""
-    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    require(world > 0 and 8 % world == 0,
-            f"WORLD_SIZE={world}: must divide 8, the rows of a step; use 1, 2, 4 or 8")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        require(local < gpus, f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
-        device = torch.device("cuda", local)
+    """The runtime of this process under torchrun, or alone."""
+    rank, world, local = read_launch(environ)
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        require(local < (gpus := torch.cuda.device_count()),
+                f"LOCAL_RANK={local}: only {gpus} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         # Tensors on the host (the clock) go through gloo, those on devices through NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, *_ = next(dist.rendezvous("env://", rank, world))
+        hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            if helper := extra("reliability", needed=False):
+                helper.await_store(environ["MASTER_ADDR"], environ["MASTER_PORT"], hosts, 100)
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=100)))
+        except (RuntimeError, OSError):
+            raise UserError(f"rank {rank}: no other rank at MASTER_ADDR; {LAUNCH}") from None
         # else a restarted run would find the addresses of the processes that died
         store = dist.PrefixStore(environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=1))  # rank 0 compresses for minutes
     return Runtime(rank, world, device)
-
-
-def extra(name: str, needed: bool = True) -> Any:
-    """A module beside this file that only some modes need. The packed program travels alone, with
-    variants.py inside where its settings ask for that."""
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which is what it imports
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        require(error.name == name and not needed, f"{error.name} is missing: run train_gpt.py in "
-                "its repository, with requirements.txt installed")
-        return None
 
 
 class Recorder:
@@ -657,7 +655,6 @@ class Recorder:
 def progress_bar(total: int, rt: Runtime, label: str, unit: str) -> Any:
     """A tqdm bar on rank 0's terminal; elsewhere it shows nothing, since logs get plain lines."""
     from tqdm import tqdm
-
     shown = rt.rank == 0 and sys.stderr.isatty()
     return tqdm(total=total, desc=label, unit=unit, disable=not shown, leave=False)
 
@@ -2387,8 +2384,7 @@ class Grid(NamedTuple):
 
     def steps(self, W: Tensor) -> Tensor:
         """float16 [rows]; never zero, so that a constant row stays decodable."""
-        s = (self.sigmas * W.std(dim=1) / self.top).clamp_min(1e-10).half()
-        return s.clamp_min(2.0**-24)
+        return (self.sigmas * W.std(dim=1) / self.top).half().clamp_min(2.0**-24)
 
     def round(self, w: Tensor, s: Tensor) -> Tensor:
         return (w / s).round().clamp(-self.top, self.top)
@@ -2398,10 +2394,7 @@ def grid_for(role: str, cfg: Config) -> Grid:
     """Bits and clipping range by the role of a matrix."""
     if role == "embedding":
         return Grid(cfg.embed_bits, cfg.embed_clip_sigmas)
-    attn, mlp = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas
-    sigmas = {"query": attn, "key": attn, "value": attn, "attn_out": attn,
-              "mlp_up": mlp, "mlp_down": mlp}
-    return Grid(cfg.matrix_bits, sigmas.get(role, cfg.matrix_clip_sigmas))
+    return Grid(cfg.matrix_bits, cfg.mlp_clip_sigmas if "mlp" in role else cfg.attn_clip_sigmas)
 
 
 def protected_columns(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
@@ -2438,34 +2431,40 @@ def matrix_of(state: Mapping[str, Tensor], m: Matrix) -> Tensor:
 class Factor(NamedTuple):
     """What GPTQ needs of a Hessian: which inputs are always zero, the order of the columns (by
     falling diag(H)) and U, the upper Cholesky factor of H^-1 in that order."""
-
     dead: Tensor
     order: Tensor
     U: Tensor
 
 
-def factorise(H: Tensor, damp: float = 0.01) -> Factor:
-    """H [cols, cols], damped by `damp` times its mean diagonal; UserError if it is not finite."""
+def factorise(H: Tensor, damp: float = 0.01, log: Callable[[str], Any] = str) -> Factor:
+    """H [cols, cols], damped by `damp` times its mean diagonal or, where that leaves it singular
+    (fewer inputs than columns), by as many tens more as it takes; UserError if it is not finite."""
     H = H.float().clone()
-    require(torch.isfinite(H).all(), "calibration gave a Hessian that is not finite; train longer "
-            "or lower the learning rates")
+    require(torch.isfinite(H).all(), "a Hessian is not finite; train longer, or at lower rates")
     dead = H.diagonal() == 0  # an input that is always zero: its weight does not matter
     H.diagonal()[dead] = 1
-    H.diagonal().add_(damp * H.diagonal().mean())
-    order = H.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
-    return Factor(dead, order, torch.linalg.cholesky(inverse, upper=True))
+    for raised in (damp * 10**k for k in range(13)):
+        damped = H + torch.diag((raised * H.diagonal().mean()).expand(len(H)))
+        order = damped.diagonal().argsort(descending=True)
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+            U = torch.linalg.cholesky(inverse, upper=True)
+            if torch.isfinite(U).all():
+                if raised > damp:
+                    log(f"warning: GPTQ_DAMP_FACTOR={damp:g} raised to {raised:g} for a Hessian")
+                return Factor(dead, order, U)
+    raise UserError("a Hessian does not factor, however damped; train longer, or at lower rates")
 
 
 @torch.no_grad()
-def gptq(W: Tensor, H: Tensor, grid: Grid, block: int = 128, damp: float = 0.01,
+def gptq(W: Tensor, H: Tensor | Factor, grid: Grid, block: int = 128, damp: float = 0.01,
          fine: Tensor | None = None, finer: Grid | None = None) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323): round column by column, push each error onto the columns to come.
 
-    W [rows, cols] float32, H [cols, cols] -> q int8 [rows, cols], s float16 [rows]; W ~ q s. E
-    holds the scaled errors of a block. Columns in `fine` [cols] are on the grid `finer`. Raises
-    UserError if H is not finite."""
-    (dead, order, U), s = factorise(H, damp), grid.steps(W.float())
+    W [rows, cols] float32, H [cols, cols] or its factor -> q int8 [rows, cols], s float16 [rows];
+    W ~ q s. E holds a block's scaled errors. Columns in `fine` [cols] are on the grid `finer`."""
+    dead, order, U = H if isinstance(H, Factor) else factorise(H, damp)
+    s = grid.steps(W.float())
     kinds = [(grid, s.float()), (finer, finer.steps(W.float()).float() if finer else None)]
     kind = [0] * W.shape[1] if fine is None else fine[order.cpu()].int().tolist()
     W = W.float().masked_fill(dead, 0)[:, order]
@@ -2673,8 +2672,8 @@ def encode_lqer(E: Tensor, cfg: Config) -> dict[str, Tensor]:
     return {"lqer_a": a, "lqer_sa": sa, "lqer_b": b, "lqer_sb": sb}
 
 
-def decode_lqer(piece: Mapping[str, Tensor]) -> Tensor:
-    a, sa, b, sb = (piece[f"lqer_{part}"] for part in ("a", "sa", "b", "sb"))
+def decode_lqer(pieces: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+    a, sa, b, sb = (pieces[f"{prefix}lqer_{part}"] for part in ("a", "sa", "b", "sb"))
     return decode_group(a, sa) @ decode_group(b, sb)
 
 
@@ -2787,7 +2786,7 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
     """The artifact whose trellis-coded matrices fill `budget` bytes; noise: `sensitivities`."""
     torch.backends.cuda.matmul.allow_tf32 = False
     found = matrices(cfg)
-    factors = {name: factorise(H, cfg.gptq_damp_factor) for name, H in hessians.items()}
+    factors = {name: factorise(H, cfg.gptq_damp_factor, log) for name, H in hessians.items()}
     units = [trellis_unit(factors[m.source], noise[m.name]).log2().mean().exp2().item()
              for m in found]
     weights = [matrix_of(state, m) for m in found]
@@ -2808,7 +2807,7 @@ def fit_trellis(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
 
 @torch.no_grad()
 def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config,
-             by_trellis: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+             by_trellis: Mapping | None = None, log: Callable = str) -> dict[str, Tensor]:
     """The state dict as the tensors of an artifact, on the CPU.
 
     A matrix NAME becomes NAME.q and NAME.s, and NAME.lqer_* where it is corrected, NAME.awq_* where
@@ -2818,6 +2817,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     out, errors, found = dict(by_trellis or {}), {}, () if by_trellis else matrices(cfg)
     weights = {m.name: matrix_of(state, m) for m in found}
     protected = protected_columns(weights, hessians, cfg) if found and cfg.awq_lite_enabled else {}
+    factor = functools.cache(lambda name: factorise(hessians[name], cfg.gptq_damp_factor, log))
     for m in found:
         W, grid, starts = weights[m.name], grid_for(m.role, cfg), protected.get(m.name)
         finer, fine = grid._replace(bits=cfg.awq_lite_bits), None
@@ -2826,7 +2826,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
             size = torch.tensor([cfg.awq_lite_group_size], dtype=torch.int16)
             out.update({f"{m.name}.awq_start": starts, f"{m.name}.awq_size": size,
                         f"{m.name}.awq_s": finer.steps(W)})
-        q, s = gptq(W, hessians[m.source], grid, damp=cfg.gptq_damp_factor, fine=fine, finer=finer)
+        q, s = gptq(W, factor(m.source), grid, fine=fine, finer=finer)
         out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
         errors[m.name] = W - decode_matrix(out, m.name)
     scope = {"all": "", "attn": ".attn.", "mlp": ".mlp.", "embed": "tok_emb"}[cfg.lqer_scope]
@@ -2851,16 +2851,16 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
     """UserError if an artifact's pieces, name -> (type, shape), are not those of this model."""
     left, remedy = dict(pieces), "it is of another model: use the settings it was made with"
 
-    def take(name: str, dtype: str, *want: int) -> None:
+    def take(name: str, dtype: str, *want: int, most: int = 0) -> None:
         require(name in left, f"artifact: no piece {name}; {remedy}")
         have, shape = left.pop(name)
+        want = (max(1, min(math.prod(shape), most)),) if most else want  # or fewer
         require((have, *shape) == (dtype, *want),
                 f"artifact: {name} is {have} {list(shape)}, not {dtype} {list(want)}; {remedy}")
 
     whole = {name: list(p.shape) for name, p in model.state_dict().items()}
     shapes = {m.name: whole[m.bank][-2:] for m in matrices(model.cfg)}
-    others = sorted(whole.keys() - {m.bank for m in matrices(model.cfg)})
-    shapes |= {name: whole[name] for name in others}
+    shapes |= {n: x for n, x in whole.items() if n not in {m.bank for m in matrices(model.cfg)}}
     if any(name.endswith(".c") for name in left):
         take("trellis", "int16", 1)
     for name, shape in shapes.items():
@@ -2872,17 +2872,15 @@ def check_pieces(pieces: Mapping[str, tuple[str, Sequence[int]]], model: GPT) ->
         if f"{name}.c" in left:
             take(f"{name}.c", "int8", shape[1])
         if f"{name}.awq_start" in left and f"{name}.c" not in pieces:
-            count = math.prod(left[f"{name}.awq_start"][1])
-            take(f"{name}.awq_start", "int16", max(1, min(count, shape[1])))
+            take(f"{name}.awq_start", "int16", most=shape[1])
             take(f"{name}.awq_size", "int16", 1)
             take(f"{name}.awq_s", "float16", shape[0])
         if any(f"{name}.lqer_{part}" in left for part in ("a", "b", "sa", "sb")):
             rank = max(1, min([*shape, *left.get(f"{name}.lqer_a", ("", [1]))[1][-1:]]))
             take(f"{name}.lqer_a", "int8", shape[0], rank)
             take(f"{name}.lqer_b", "int8", rank, shape[1])
-            for part, most in (("sa", shape[0] * rank), ("sb", shape[1] * rank)):
-                count = math.prod(left.get(f"{name}.lqer_{part}", ("", [1]))[1])
-                take(f"{name}.lqer_{part}", "float16", max(1, min(count, most)))
+            take(f"{name}.lqer_sa", "float16", most=shape[0] * rank)
+            take(f"{name}.lqer_sb", "float16", most=shape[1] * rank)
     require(not left, f"artifact: a piece {min(left, default='')} that this model lacks; {remedy}")
 
 
@@ -2896,9 +2894,8 @@ def dequantise(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     def weight(name: str) -> Tensor:
         if name in tensors:
             return tensors[name].float()
-        W, parts = decode_matrix(tensors, name), ("lqer_a", "lqer_sa", "lqer_b", "lqer_sb")
-        corrected = f"{name}.lqer_a" in tensors
-        return W + decode_lqer({k: tensors[f"{name}.{k}"] for k in parts}) if corrected else W
+        W = decode_matrix(tensors, name)
+        return W + decode_lqer(tensors, f"{name}.") if f"{name}.lqer_a" in tensors else W
 
     banks = {}
     for m in sorted(matrices(model.cfg), key=lambda m: m.index or 0):
@@ -2935,20 +2932,19 @@ CODECS = {  # name: (compress, decompress to `size` bytes, stopping soon after);
     "ans": (lambda *given: _ans_encode(*given), lambda *given: _ans_decode(*given))}
 
 
-def check_compressor(name: str, packages: tuple[str, ...] = ("brotli", "python-minifier")) -> None:
+def check_compressor(name: str, packing: bool = True) -> None:
     """UserError with the remedy if an artifact could not be written; call it before training."""
     require(name in COMPRESSORS,
             f"COMPRESSOR={name} is unknown: choose from {', '.join(COMPRESSORS)}")
-    for package in packages:
-        require(importlib.util.find_spec(package.replace("-", "_")),
-                f"the artifact needs {package}: pip install {package}")
+    require(not packing or importlib.util.find_spec("python_minifier"),
+            "the packed program needs python-minifier: pip install python-minifier")
     require(name != "pergroup" or shutil.which("lrzip"), "COMPRESSOR=pergroup needs the program "
             "lrzip: apt-get install lrzip, or brew install lrzip, or set COMPRESSOR=ans")
 
 
 def _lrzip(data: bytes, options: str, limit: int) -> bytes:
     """`data` through lrzip, which may write about `limit` bytes; some exception where it fails."""
-    check_compressor("pergroup", packages=())
+    check_compressor("pergroup", packing=False)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "in").write_bytes(data)
         # -N 0: lrzip lowers its own priority otherwise; -p 1: groups run side by side instead
@@ -3245,7 +3241,6 @@ def encode_artifact(tensors: dict[str, np.ndarray], roles: dict[str, str], meta:
 
 def _read_directory(blob: bytes) -> tuple[dict, list[tuple[list, bytes]]]:
     """(meta, [(stream's row, stored bytes)]): what the rows say about sizes agrees with itself."""
-    check_compressor("brotli", packages=("brotli",))
     require(blob[:8] == MAGIC, "not an artifact of this program (its first bytes differ)")
     require(len(blob) >= HEADER.size, f"truncated: {len(blob)} bytes do not hold the header")
     _, version, packed, raw, total, digest = HEADER.unpack_from(blob)
@@ -3306,11 +3301,13 @@ def artifact_report(blob: bytes) -> dict[str, int]:
 
 # A packed program is brotli data, then a zip file with this member: Python runs a zip whatever
 # precedes it. linecache serves tracebacks, inspect, Triton; `n` is no file, lest C print binary.
-STUB = """import brotli,linecache,os,sys,traceback
+STUB = """import linecache,os,sys,traceback
+try:import brotli
+except ImportError:print('error: brotli',%r,file=sys.stderr);sys.exit(2)
 __file__,__spec__,__package__=os.path.abspath(__loader__.archive),None,None
 sys.path[:1],sys.excepthook=(os.path.dirname(__file__),__file__),traceback.print_exception
-with open(__file__,'rb')as f:s=brotli.decompress(f.read(%d)).decode()
-n=__file__+'.source'
+with open(__file__,'rb')as f:__program__=f.read()
+s,n=brotli.decompress(__program__[:%d]).decode(),__file__+'.source'
 for k in(n,__file__):linecache.cache[k]=len(s),None,[l+'\\n'for l in s.split('\\n')],k
 exec(compile(s,n,'exec'))
 """
@@ -3327,7 +3324,7 @@ def pack_program(source: str, modules: Mapping[str, str] | None = None) -> bytes
     file = io.BytesIO()
     size = file.write(CODECS["brotli"][0](small(source).encode()))
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(zipfile.ZipInfo("__main__.py"), STUB % size)
+        archive.writestr(zipfile.ZipInfo("__main__.py"), STUB % (NEEDED, size))
         for name, text in (modules or {}).items():
             archive.writestr(zipfile.ZipInfo(f"{name}.py"), small(text), zipfile.ZIP_DEFLATED)
     return file.getvalue()
@@ -4200,8 +4197,7 @@ def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optim
         while k & 1:  # a binary tree: the same order of addition in any world size
             part, k = torch._foreach_add(stack.pop(), part), k >> 1
         stack.append(part)
-    part, *_ = stack
-    for p, grad in zip(params, torch._foreach_div(part, len(rows)), strict=True):
+    for p, grad in zip(params, torch._foreach_div(stack[0], len(rows)), strict=True):
         p.grad = grad
     total /= len(rows)
     return torch.stack((total, optimisers.step(lr, momentum)))
@@ -4341,9 +4337,10 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
             loss = rt.sum_(result[:1].clone()).item() / rt.world
             watch.check(result, step + 1)
             watch.keep(step + 1)
-            minutes = (spent + rt.seconds() - resumed) / 60
-            rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {minutes:.1f}m "
-                   f"tok/s: {(step + 1) * cfg.train_batch_tokens / (60 * minutes):.0f}")
+            s = spent + rt.seconds() - resumed
+            rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {s / 60:.1f}m "
+                   f"tok/s: {(step + 1) * cfg.train_batch_tokens / s:.0f} seconds: {s:.1f} left: "
+                   f"{s / max(progress(step + 1, s, cfg), (step + 1) / cfg.iterations) - s:.0f}s")
     batches.close()
     bar.close()
     if result is not None:
@@ -4363,48 +4360,47 @@ def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load_state(model: GPT, path: Path) -> None:
-    """A final_model.pt (ours or #1855's) into the model; UserError where it does not fit."""
-    require(path.is_file(), f"{path}: no such file; train first, or set ARTIFACT_DIR")
+def load_state(model: GPT, path: Path, log: Callable[[str], Any] = str) -> None:
+    """A final_model.pt (ours or #1855's) into the model; UserError for a tensor that is missing or
+    of another shape. What these settings have no use for is left out, and logged."""
+    require(path.is_file(), f"{path}: no such file; train first, or correct the setting")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in dict(state).items()):
-            raise ValueError("it holds more than named tensors")
+        state = {name: t.detach() for name, t in
+                 dict(torch.load(path, map_location="cpu", weights_only=True)).items()}
     except Exception as error:  # damaged files make the reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); train again") from None
-    have, want = ({name: list(p.shape) for name, p in tensors.items()}
-                  for tensors in (state, model.state_dict()))
-    for name in sorted(want.keys() | have.keys()):
-        require(have.get(name) == want.get(name), f"{path}: {name}: file has {have.get(name)}, the "
-                f"settings ask for {want.get(name)}; use the model's own settings")
-    model.load_state_dict(state)
+    for name, p in model.state_dict().items():
+        have = list(state[name].shape) if name in state else None
+        require(have == list(p.shape), f"{path}: {name}: file has {have}, the settings ask for "
+                f"{list(p.shape)}; use the model's own settings")
+    unused = model.load_state_dict(state, strict=False).unexpected_keys
+    log(f"{path}: loaded; not used with these settings: {', '.join(sorted(unused)) or 'nothing'}")
 
 
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
-def program_digest() -> str:
-    """sha256 of the program that runs, as it lies on the disk."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+MODES = {"audit": "finished", "sample": "sample"}  # argument: the module beside this file
+PROGRAM_DIGEST = hashlib.sha256(__program__).hexdigest()  # of what runs, as it was at the start
 
 
-def log_header(cfg: Config, rt: Runtime, attention: "Attention") -> None:
-    """What ran: program, settings, versions, devices, and why this attention backend."""
-    rt.log(f"program: {Path(__file__).name} sha256:{program_digest()}")
-    if rt.rank == 0:  # for the file alone: submission.py --source LOG prints it
-        source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
-        rt.write_log(f"source: {base64.b85encode(source).decode()}\n")
-    rt.log("Hyperparameters:")
-    for f in fields(cfg):
-        rt.log(f"  {f.name}: {getattr(cfg, f.name)}")
-    rt.log(f"not the default: {json.dumps(changed(cfg))}")
+def log_header(cfg: Config, rt: Runtime, backend: str, preset: str, base: Config) -> None:
+    """What ran: program, preset, settings (base: the preset's), versions, devices; why this
+    attention backend. The whole list is for the file alone."""
+    rt.log(f"program: {Path(__file__).name} sha256:{PROGRAM_DIGEST}")
+    source = CODECS["lzma"][0]("".join(linecache.getlines(__file__)).encode())
+    rt.log(f"source: {base64.b85encode(source).decode()}", console=False)
+    rt.log(f"preset: {preset}{' (defaults = best)' * (preset == 'none')}")
+    values = "".join(f"\n  {f.name}: {getattr(cfg, f.name)}" for f in fields(cfg))
+    rt.log(f"Hyperparameters:{values}\nnot the default: {json.dumps(changed(cfg))}", console=False)
+    rt.log(f"not the preset: {json.dumps(changed(cfg, base))}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
     rt.log(versions)
-    rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {attention.reason}")
-    rt.record.update(seed=cfg.seed, program_sha256=program_digest(), settings=changed(cfg),
-                     versions=versions, hardware=f"{rt.world} x {name}",
+    rt.log(f"devices: {rt.world} x {name}, {rt.dtype}; attention: {backend}")
+    rt.record.update(seed=cfg.seed, preset=preset, program_sha256=PROGRAM_DIGEST,
+                     settings=changed(cfg), versions=versions, hardware=f"{rt.world} x {name}",
                      budget_seconds=cfg.max_wallclock_seconds)
 
 
@@ -4423,10 +4419,12 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
            f"val_bytes: {int(val.bytes[1:].sum())} data: {data_folder(cfg)}")
     step, free = 0, math.inf
     if cfg.quantize_only:
-        load_state(model, folder / MODEL_FILE)
+        load_state(model, folder / MODEL_FILE, rt.log)
     elif rt.keeper and rt.keeper.stage == "trained":
         step = rt.keeper.restore_trained(model)
     else:
+        if cfg.init_from:
+            load_state(model, Path(cfg.init_from), rt.log)
         timed = reserve(model, cfg, rt)
         with model.compiled(cfg.compile and rt.device.type == "cuda"):
             step, free = train(model, rows, val, timed, rt)
@@ -4451,32 +4449,19 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
         rt.keeper.mark("packed", None, step)
 
 
-def changed(cfg: Config) -> dict[str, str]:
-    """The settings that differ from the defaults, as the environment would hold them."""
-    found = ((name, f, getattr(cfg, f.name)) for name, f in SETTINGS.items())
-    return {name: str(int(x) if f.type is bool else x) for name, f, x in found if x != f.default}
-
-
-def baked(source: str, cfg: Config) -> str:
-    """The program with this run's settings as its defaults, so that it scores without a preset."""
-    own = NOT_OF_A_RUN | {"TOKENIZER_PATH", "TTT_EVAL_ONLY", "QUANTIZE_ONLY"}
-    given = {name: text for name, text in changed(cfg).items() if name not in own}
-    line = re.compile(r"^BAKED: ?dict\[str, ?str\] ?= ?\{[^}]*\}", re.MULTILINE)
-    assert len(line.findall(source)) == 1
-    return line.sub(lambda _: f"BAKED: dict[str, str] = {given!r}", source)
-
-
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
          noise: dict[str, Tensor], folder: Path) -> None:
     """Quantise (noise: `sensitivities`, for tcq), compress, write the two files that count."""
     started, seconds, state = time.perf_counter(), 0.0, model.state_dict()
     roles = {f"{m.name}.q": m.role for m in matrices(cfg)}
     modules = {"variants": inspect.getsource(extra("variants"))} if cfg.variants else {}
-    program = pack_program(baked("".join(linecache.getlines(__file__)), cfg), modules)
+    source, preset = "".join(linecache.getlines(__file__)), rt.record.get("preset", "")
+    program = pack_program(baked(source, cfg, preset), modules)
 
     def encode(by_trellis: dict[str, Tensor] | None = None) -> bytes:
         nonlocal seconds
-        arrays = {name: t.numpy() for name, t in quantise(state, hessians, cfg, by_trellis).items()}
+        tensors = quantise(state, hessians, cfg, by_trellis, rt.log)
+        arrays = {name: t.numpy() for name, t in tensors.items()}
         begun = time.perf_counter()
         blob = encode_artifact(arrays, roles, cfg.architecture(), cfg.compressor)
         seconds += time.perf_counter() - begun
@@ -4515,32 +4500,34 @@ def host_peak() -> int:
     return 0
 
 
-def process_age() -> float:
-    """Seconds since the process began, imports included; 0 where /proc does not tell."""
-    with contextlib.suppress(OSError, AttributeError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
 def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> None:
     """A process that began `age` seconds ago: the whole program, or only an artifact's audit."""
-    started = time.perf_counter() - age
-    cfg = Config.from_env(environ, Path(__file__).parent)
+    started, root, own = time.perf_counter() - age, Path(__file__).parent, BAKED
+    cfg = Config.from_env(environ, root, check=False)
+    finished = extra("finished", needed=audit) if audit or cfg.ttt_eval_only else None
+    if finished:
+        cfg, own = finished.configure(environ, root, Path(cfg.artifact_dir or "."))
+    cfg.checked()
     if audit:
         cfg = replace(cfg, ttt_eval_only=True, prequant_only=False, legality_check=True)
     rt = start_runtime(environ)
     folder, scores = Path(cfg.artifact_dir or "."), Path(cfg.scores_path)
     require(scores.parent.is_dir(), f"SCORES_PATH={scores}: no such folder; make it first")
-    run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    rt.open_log(Path(cfg.artifact_dir or "logs") / f"{run_id}.txt")
+    kind = "-audit" if audit else "-rescoring" * cfg.ttt_eval_only  # no litter beside the artifact
+    run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{kind}"
+    beside = cfg.artifact_dir and (cfg.run_id or not kind)
+    rt.open_log((folder if beside else Path("logs")) / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
     identity = check_data(cfg)
     attention = choose_attention(rt.device, rt.dtype, cfg.attention)
-    log_header(cfg, rt, attention)
+    base = Config.from_env({"PRESET": environ.get("PRESET", "")}, root, own, check=False)
+    named = environ.get("PRESET") or own.get("PRESET") or "none"
+    log_header(cfg, rt, attention.reason, Path(named).name.removesuffix(".env"), base)
     rt.log(identity)
     rt.record["data"] = identity
+    if guide := extra("guide", needed=False):
+        guide.before(cfg, rt, environ)
     if rt.world > 1 and (reliability := extra("reliability", needed=False)):
         rt.lifeline = reliability.Lifeline(rt)
         rt.lifeline.start()
@@ -4553,48 +4540,57 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             train_and_pack(cfg, rt, model, folder)
         if not cfg.prequant_only and not audit:
             score_artifact(cfg, rt, model, folder, make_rules)
+    peak = torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else host_peak()
+    rt.record["peak_memory_mib"] = peak >> 20
+    rt.log(f"peak memory allocated: {peak >> 20} MiB")
+    if guide:
+        guide.after(cfg, rt, folder)
     checked = cfg.legality_check and not cfg.prequant_only
-    illegal = extra("legality").audit(cfg, rt, folder) if checked else ""
+    illegal = extra("legality").audit(cfg, rt, folder, audit) if checked else ""
     if rt.keeper:
         rt.keeper.finish()
     if rt.lifeline:
         rt.lifeline.close()
-    peak = torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else host_peak()
-    rt.record["peak_memory_mib"] = peak >> 20
-    rt.log(f"peak memory allocated: {peak >> 20} MiB")
-    rt.log(json.dumps({"result": {**rt.record, "complete": True}}))
+    rt.log(json.dumps({"result": {**rt.record, "complete": True}}), console=False)
     require(not illegal, illegal)
 
 
 def is_first_to_fail() -> bool:
-    """Whether this rank should speak: one line is enough for a mistake that all ranks meet."""
+    """Whether this rank should speak: once is enough, but without torchrun it may be alone."""
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
 
 
 def main(age: float = 0.0) -> int:
-    """Exit code: 0, or 2 after one line on standard error for a mistake that the user can mend."""
-    if {"--help", "-h"} & set(sys.argv):
-        print(help_text())
-        return 0
+    """Exit code: 0, or after one line on standard error 2 (a mistake to mend), 130 (Ctrl-C)."""
+    mode, *rest = sys.argv[1:] or [""]
     try:
-        if sys.argv[1:] not in ([], ["audit"]):
-            raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
-        run(os.environ, age, audit=len(sys.argv) > 1)
-    except UserError as error:
-        if is_first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)  # the others may be inside a collective: an orderly end would wait for them
-        return 2
+        if mode in MODES:
+            extra(MODES[mode]).main(rest)
+        elif {"--help", "-h"} & {mode, *rest}:
+            print(extra("preset").help_text())
+        else:
+            require(not mode, f"{mode}: settings are environment variables; see --help")
+            run(os.environ, age)
+    except (UserError, ModuleNotFoundError) as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        text, code = f"error: {f'{error.name} {NEEDED}' if missing else error}", 2
+    except KeyboardInterrupt:
+        text, code = "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on", 130
     except RuntimeError:  # perhaps of a collective: then the lifeline's message names who is gone
         if dist.is_initialized():
             time.sleep(6)
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0
+    if is_first_to_fail():
+        print(text, file=sys.stderr, flush=True)
+    if dist.is_initialized() or code == 130:
+        os._exit(code)  # others may be inside a collective, threads at work: nothing waits for them
+    return code
 
 
 if __name__ == "__main__":

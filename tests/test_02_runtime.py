@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+import reliability
 import train_gpt as t
-from tests.tools import ROOT
+from tests.tools import ROOT, TINY, launch
 
 CPU = torch.device("cpu")
 
@@ -16,6 +17,63 @@ CPU = torch.device("cpu")
 def test_a_world_that_does_not_divide_8_is_refused(world):
     with pytest.raises(t.UserError, match=rf"WORLD_SIZE={world}: must divide 8.*1, 2, 4 or 8"):
         t.start_runtime({"WORLD_SIZE": str(world), "RANK": "0"})
+
+
+ALL = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+       "MASTER_PORT": "29999"}
+
+
+@pytest.mark.parametrize(("environ", "words"), [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 without LOCAL_RANK"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: not a whole number"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE=: not a whole number"),
+    ({"RANK": "x"}, "RANK=x: not a whole number"), ({"RANK": "1.0"}, "RANK=1.0: not a whole"),
+    ({"RANK": "1"}, "RANK=1: must be below WORLD_SIZE=1"),
+    ({**ALL, "RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
+    ({**ALL, "RANK": "-1"}, "RANK=-1: must be below"),
+    ({**ALL, "LOCAL_RANK": "y"}, "LOCAL_RANK=y: not a whole number"),
+    ({**ALL, "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    ({**ALL, "MASTER_PORT": "abc"}, "MASTER_PORT=abc: not a whole number"),
+    ({**ALL, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: out of range"),
+    ({n: x for n, x in ALL.items() if n != "MASTER_PORT"}, "without MASTER_PORT"),
+    ({n: x for n, x in ALL.items() if n != "MASTER_ADDR"}, "without MASTER_ADDR"),
+    ({**ALL, "MASTER_ADDR": ""}, "without MASTER_ADDR"),
+    ({**ALL, "MASTER_ADDR": "no such host"}, "no other rank at MASTER_ADDR"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_what_a_launcher_left_behind_is_one_line(environ, words):
+    with pytest.raises(t.UserError) as caught:
+        t.start_runtime(environ)
+    text = str(caught.value)
+    assert words in text and "\n" not in text
+    assert text.endswith("; start with torchrun, or unset WORLD_SIZE and RANK")
+
+
+def test_ranks_that_never_come_are_one_line(monkeypatch):
+    waits = []
+
+    def rendezvous(*_, timeout):
+        waits.append(timeout.total_seconds())
+        raise RuntimeError("Timed out waiting for clients. 1/2 clients joined.\nframe #0")
+    monkeypatch.setattr(t.dist, "rendezvous", rendezvous)
+    with pytest.raises(t.UserError, match="rank 0: no other rank at MASTER_ADDR; start with"):
+        t.start_runtime(ALL)
+    assert waits == [100]
+    wait = reliability.await_store  # rank 1, and torchrun's ranks, do not host the store
+    monkeypatch.setattr(reliability, "await_store", lambda *given: wait(*given[:3], 0.3))
+    for other in ({"RANK": "1"}, {"TORCHELASTIC_USE_AGENT_STORE": "True"}):
+        with pytest.raises(t.UserError, match="no other rank at MASTER_ADDR; start with"):
+            t.start_runtime({**ALL, **other})
+    assert waits == [100]  # refused before PyTorch's own client is asked
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_speaks_where_no_launcher_is(tmp_path, rank):
+    """With torchrun the first is enough; a rank that is alone must say what is wrong itself."""
+    run = launch({**TINY, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}, tmp_path)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == ("error: WORLD_SIZE=2 without MASTER_ADDR; start with torchrun, or unset "
+                          "WORLD_SIZE and RANK\n")
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

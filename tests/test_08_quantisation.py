@@ -1,6 +1,7 @@
 """§8 Quantisation: GPTQ against brute force, LQER, and formats that are closed under round trip."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -232,6 +233,36 @@ def test_hessians_are_sums_over_every_pass(tmp_path):
         torch.testing.assert_close(mean[name], H, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("damp", [1e-9, 1e-7, 0.01])
+def test_a_hessian_of_few_inputs_is_damped_until_it_factors(damp):
+    """64 inputs of 256 columns: singular; AutoGPTQ and others end in a traceback."""
+    X, lines = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), []
+    H = X.mT @ X
+    dead, order, U = t.factorise(H, damp, lines.append)
+    assert torch.isfinite(U).all() and not dead.any()
+    raised = re.findall(r"GPTQ_DAMP_FACTOR=\S+ raised to (\S+)", "".join(lines))
+    assert len(raised) == (damp < 0.01) and all(1e-9 < float(x) < 1e-3 for x in raised)
+    if not raised:  # as it always was
+        damped = H + torch.diag((damp * H.diagonal().mean()).expand(256))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+        assert torch.equal(U, torch.linalg.cholesky(inverse, upper=True))
+
+
+@pytest.mark.parametrize("H", [torch.ones(300, 300), torch.zeros(5, 5), torch.ones(3, 3) * 1e30,
+                               torch.ones(3, 3) * 1e-30], ids=["ones", "zeros", "huge", "small"])
+def test_any_finite_hessian_factors(H):
+    assert torch.isfinite(t.factorise(H, 1e-9).U).all()
+
+
+@pytest.mark.parametrize("quantiser", ["uniform", "tcq"])
+def test_a_run_with_too_little_damping_ends_well(program, quantiser):
+    code, out, err = program(
+        GPTQ_DAMP_FACTOR=1e-9, GPTQ_CALIBRATION_BATCHES=1, TRAIN_BATCH_TOKENS=64, TRAIN_SEQ_LEN=8,
+        ITERATIONS=1, TTT_ENABLED=0, QUANTISER=quantiser, ARTIFACT_BUDGET_BYTES=100_000)
+    assert code == 0, err
+    assert re.search(r"^warning: GPTQ_DAMP_FACTOR=1e-09 raised to \S+ for", out, re.MULTILINE)
+
+
 # ---- whole state dicts
 
 def quantised(cfg, seed=0):
@@ -249,7 +280,7 @@ def quantised(cfg, seed=0):
     dict(matrix_bits=8, embed_bits=8), dict(asym_logit_rescale=True, gated_xsa=True),
     dict(awq_lite_enabled=True, awq_lite_group_size=8, awq_lite_group_top_k=3)], ids=str)
 def test_state_dict_round_trip(changes):
-    cfg = tiny(matrix_clip_sigmas=4.0, attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
+    cfg = tiny(attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
                embed_clip_sigmas=4.0, **changes)
     model, tensors = quantised(cfg)
     state = t.dequantise(tensors, model)
@@ -341,7 +372,7 @@ def test_corrections_by_measured_gain(scope, inside):
 
 def test_every_matrix_decodes_to_its_own_place():
     """Quantising finely, no matrix may end up in another's row of a bank."""
-    cfg = tiny(matrix_bits=8, embed_bits=8, matrix_clip_sigmas=4, attn_clip_sigmas=4,
+    cfg = tiny(matrix_bits=8, embed_bits=8, attn_clip_sigmas=4,
                mlp_clip_sigmas=4, embed_clip_sigmas=4)
     model, tensors = quantised(cfg)
     state = t.dequantise(tensors, model)

@@ -91,7 +91,7 @@ def losses(out):
 def test_same_seed_same_run_other_seed_another(program):
     runs = [program(PREQUANT_ONLY=1, TRAIN_LOG_EVERY=1, SEED=seed) for seed in (7, 7, 8)]
     assert [code for code, _, _ in runs] == [0, 0, 0]
-    timed = r"(train_time:|tok/s:|eval_time:|allocated:|sha256:|seed:) ?\S+|^{.*}$"
+    timed = r"(train_time:|tok/s:|seconds:|left:|eval_time:|allocated:|sha256:|seed:) ?\S+|^{.*}$"
     first, again, other = (re.sub(timed, "", out, flags=re.MULTILINE) for _, out, _ in runs)
     assert first == again != other
     assert len(losses(first)) == 6
@@ -292,11 +292,38 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
         assert "not a readable state dict" in refused(path)
     assert "skip_gates: file has None" in refused(
         save(path, {n: w for n, w in state.items() if n != "skip_gates"}))
-    assert "bigram: file has [3], the settings ask for None" in refused(
-        save(path, {**state, "bigram": torch.zeros(3)}))
     assert "qo_bank: file has [10, 32, 31]" in refused(
         save(path, {**state, "qo_bank": torch.zeros(10, 32, 31)}))
     t.load_state(t.GPT(tiny(), t.attend_ref), save(path, state))
+
+
+@pytest.mark.parametrize(("off", "unused"), [
+    (dict(parallel_start_layer=0), "parallel_post_lambdas, parallel_resid_lambdas"),
+    (dict(smear_gate_enabled=False), "smear_gate.weight, smear_lambda"),
+    (dict(skip_gates_enabled=False), "skip_gates"),
+    (dict(sparse_attn_gate_enabled=False), "blocks.0.attn.attn_gate_w, blocks.1."),
+    ({}, "nothing")], ids=str)
+def test_what_the_settings_do_not_use_is_left_out(tmp_path, off, unused):
+    """A file with all of #1855's parts, for a model with one of them off."""
+    whole, lines = busy_model(tiny()).state_dict(), []
+    model = t.GPT(tiny(**off), t.attend_ref)
+    t.load_state(model, save(tmp_path / "final_model.pt", whole), lines.append)
+    assert f"loaded; not used with these settings: {unused}" in lines[0]
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, whole[name]), name
+
+
+def test_training_starts_from_the_weights_of_a_file(program):
+    """INIT_FROM: the first loss of the second run is the last of the first, not a new model's."""
+    first = program(PREQUANT_ONLY=1, ITERATIONS=12, EMA_DECAY=0, TRAIN_LOG_EVERY=1)[1]
+    path = program.out / "final_model.pt"
+    code, out, err = program(PREQUANT_ONLY=1, ITERATIONS=1, INIT_FROM=path,
+                             ARTIFACT_DIR=program.out / "more")
+    assert code == 0, err
+    assert f"{path}: loaded; not used with these settings: nothing" in out
+    losses = [float(x) for x in re.findall(r"train_loss: (\S+)", first + out)]
+    assert losses[-1] < losses[0] - 0.5
+    assert "no such file" in program(INIT_FROM="/nowhere/final_model.pt")[2]
 
 
 @pytest.mark.parametrize("content", ["empty", "cut", "list", "tensor", "number"])

@@ -1,5 +1,7 @@
 """§15 Main: every mistake ends in exit code 2 and one line; the modes do what they say."""
 
+import hashlib
+import json
 import re
 import shutil
 import sys
@@ -8,8 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+import submission
 import train_gpt as t
-from tests.tools import ROOT, TINY, busy_model, launch, runtime, said, write_data, write_shard
+from tests.tools import (
+    PROGRAM,
+    ROOT,
+    TINY,
+    busy_model,
+    launch,
+    runtime,
+    said,
+    write_data,
+    write_shard,
+)
 
 
 def one_line(result) -> str:
@@ -23,7 +36,7 @@ def one_line(result) -> str:
 @pytest.mark.parametrize(("settings", "words"), [
     ({"TTT_RNAK": 80}, "TTT_RNAK: no such setting"), ({"MODEL_DIM": "wide"}, "whole number"),
     ({"MATRIX_BITS": 12}, "at most 8"), ({"NUM_HEADS": 5}, "contradictory settings"),
-    ({"PRESET": "nosuch"}, "presets here: best, cpu_demo"), ({"WORLD_SIZE": 3}, "must divide 8"),
+    ({"PRESET": "nosuch"}, "presets here: "), ({"WORLD_SIZE": 3}, "must divide 8"),
     ({"DATA_PATH": "/nowhere"}, "/nowhere/fineweb_train_*.bin: no such file"),
     ({"VOCAB_SIZE": 40}, "is outside the vocabulary of 40"),
     ({"ATTENTION": "fa4"}, "ATTENTION=fa4"), ({"TTT_EVAL_ONLY": 1}, "no artifact; train first"),
@@ -63,6 +76,107 @@ def test_arguments_are_refused(monkeypatch, capsys):
     assert t.main() == 2
     assert capsys.readouterr().err == (
         "error: --iterations: settings are environment variables; see --help\n")
+
+
+MEND = "is not installed; source .venv/bin/activate, or pip install -r requirements.txt"
+
+
+def without(folder, *names) -> dict[str, str]:
+    """The environment of a process in which these modules cannot be imported."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}.py").write_text(
+            f"raise ModuleNotFoundError({f'No module named {name!r}'!r}, name={name!r})\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The packed program, alone in a folder."""
+    path = tmp_path_factory.mktemp("packed") / t.PROGRAM_FILE
+    path.write_bytes(t.pack_program(PROGRAM.read_text()))
+    return path
+
+
+@pytest.mark.parametrize("name", ["brotli", "numba", "numpy", "torch"])
+def test_a_missing_module_is_one_line(tmp_path, packed, name):
+    """Of the program and of the packed one, which needs brotli before anything else."""
+    for path in (PROGRAM, packed):
+        run = launch(without(tmp_path / "lacks", name), tmp_path, path)
+        assert (run.returncode, run.stdout) == (2, ""), run.stderr
+        assert run.stderr == f"error: {name} {MEND}\n"
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("sentencepiece", {"TOKENIZER_PATH": str(PROGRAM)}), ("tqdm", {})])
+def test_a_module_that_is_missed_later_is_one_line(program, monkeypatch, name, settings):
+    monkeypatch.setitem(sys.modules, name, None)
+    err = one_line(program(PREQUANT_ONLY=1, ITERATIONS=1, **settings))
+    assert err == f"error: {name} {MEND}\n"
+
+
+def test_a_missing_minifier_stops_before_training(program, monkeypatch):
+    monkeypatch.setitem(sys.modules, "python_minifier", None)
+    result = program(ITERATIONS=1)
+    assert "pip install python-minifier" in one_line(result) and "train_loss" not in result[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_an_edit_while_it_starts_changes_nothing_that_the_log_says(tmp_path, packed, kind):
+    """The file is edited when the first slow import begins; the log has what runs."""
+    path = tmp_path / (PROGRAM.name if kind == "plain" else packed.name)
+    before = (PROGRAM if kind == "plain" else packed).read_bytes()
+    path.write_bytes(before)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(f"""
+import sys
+class Edit:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba" and sys.meta_path.pop(0):
+            open({str(path)!r}, "ab").write(b"\\nraise SystemExit('edited')\\n")
+sys.meta_path.insert(0, Edit())
+""")
+    run = launch({**TINY, "PYTHONPATH": tmp_path / "hook", "PREQUANT_ONLY": 1, "ITERATIONS": 1,
+                  "DATA_PATH": write_data(tmp_path / "data"), "ARTIFACT_DIR": tmp_path / "out",
+                  "PRESET": "", "RUN_ID": "log"}, tmp_path, path)
+    assert run.returncode == 0, run.stderr
+    assert path.read_bytes().endswith(b"SystemExit('edited')\n")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert f"program: {path.name} sha256:{hashlib.sha256(before).hexdigest()}\n" in log
+    source = submission.source_of(log)
+    assert "edited')" not in source
+    assert kind == "packed" or source.encode() == before
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    settings = {**TINY, "ITERATIONS": 100000, "DATA_PATH": write_data(tmp_path / "data"),
+                "ARTIFACT_DIR": tmp_path / "out", "RUN_ID": "log"}
+    run = launch(settings, tmp_path, interrupt="train_loss: ")
+    assert run.returncode == 130
+    assert run.stderr == (
+        "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on\n")
+
+
+@pytest.mark.parametrize(("settings", "name", "differs"), [
+    ({}, "pr1855", "VOCAB_SIZE"), ({"PRESET": ""}, "none", "VOCAB_SIZE"),
+    ({"PRESET": "cpu_demo", "VOCAB_SIZE": 1024}, "cpu_demo", "ITERATIONS")])
+def test_a_log_names_its_preset(program, settings, name, differs):
+    """Among its first lines and in its last; the console gets what differs, the file everything."""
+    if settings.get("PRESET") == "":
+        settings = {**settings, "TRAIN_SEQ_SCHEDULE": ""}
+    code, out, err = program(PREQUANT_ONLY=1, ITERATIONS=1, **settings)
+    assert code == 0, err
+    log = (program.out / "log.txt").read_text()
+    program_line, preset, differences, *_ = out.splitlines()
+    assert program_line.startswith("program: ")
+    assert preset == f"preset: {name}{' (defaults = best)' * (name == 'none')}"
+    told = json.loads(re.fullmatch(r"not the preset: (\{.*\})", differences)[1])
+    assert differs in told and "ITERATIONS" in told and len(told) < 60
+    assert len(out.splitlines()) < 30 and "Hyperparameters" not in out and '"result"' not in out
+    assert [line for line in log.splitlines()[:6] if line == preset]
+    assert len(re.findall(r"^  \w+: ", log, re.MULTILINE)) == len(t.SETTINGS)
+    assert re.search(r"^not the default: \{", log, re.MULTILINE)
+    assert json.loads(log.splitlines()[-1])["result"]["preset"] == name
 
 
 def test_missing_lrzip_stops_before_training(program, monkeypatch):

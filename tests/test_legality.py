@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import legality
+import preset as presets
 import submission as s
 import train_gpt as t
 import variants
 from caseops import audit as data_audit
 from tests.test_submission import RATIO, RECORD, claim, foreign, write_logs
 from tests.tools import (
+    PRESETS,
     ROOT,
     TINY,
     TINY_LISTS,
@@ -121,7 +123,7 @@ def doctored(real, tmp_path, pattern, text):
 
 # ---- nothing is found where nothing is wrong
 
-LEGAL = sorted(p.stem for p in (ROOT / "presets").glob("*.env") if not p.stem.endswith("_as_run"))
+LEGAL = [name for name in PRESETS if not name.endswith("_as_run")]
 
 
 @pytest.mark.parametrize("preset", [*LEGAL, "stream", "mixer", "no phases", "no adapters"])
@@ -133,7 +135,7 @@ def test_nothing_is_found_in_what_is_legal(preset):
                "no adapters": dict(ttt_enabled=False)}.get(preset, {})
     cfg = tiny(**changes)
     if preset in LEGAL:
-        asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+        asked = {name: text for name, (text, _) in presets.read(preset, ROOT).items()}
         lists = {name: value for name, value in TINY_LISTS.items() if asked.get(name)}
         cfg = t.Config.from_env({**TINY, **lists, "PRESET": preset}, ROOT)
     assert found_in(cfg) == []

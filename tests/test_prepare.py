@@ -662,4 +662,5 @@ def test_a_missing_package_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--help"], text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: tqdm is not installed; pip install -r requirements.txt\n"
+    assert done.stderr == ("error: tqdm is not installed; source .venv/bin/activate, or "
+                           "pip install -r requirements.txt\n")

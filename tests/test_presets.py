@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import preset as presets
 import submission
 import train_gpt as t
-from tests.tools import ROOT, TINY, TINY_LISTS, VAL_LENGTHS
+from tests.tools import PRESETS, ROOT, TINY, TINY_LISTS, VAL_LENGTHS
 
 VOCAB = 400
 FAST = ("QUANTISER", "COMPRESSOR", "TTT_STREAM")  # of TINY; the defaults run with their own, too
-PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.env"))
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,9 @@ def demo(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_runs_from_end_to_end(preset, program, demo, tmp_path, monkeypatch):
     folder, model = demo
-    monkeypatch.setattr(t, "pack_program", str.encode)  # seconds each, and the same every time
-    asked = {name: text for name, (text, _) in t.read_preset(preset, ROOT).items()}
+    # packing takes seconds, and gives the same every time
+    monkeypatch.setattr(t, "pack_program", lambda source, modules: source.encode())
+    asked = {name: text for name, (text, _) in presets.read(preset, ROOT).items()}
     small = {name: text for name, text in TINY.items() if preset != "best" or name not in FAST}
     settings = {**small, "VOCAB_SIZE": VOCAB, "PRESET": preset, "DATA_PATH": folder,
                 **{name: value for name, value in TINY_LISTS.items() if asked.get(name)}}
@@ -63,6 +64,25 @@ def test_preset_runs_from_end_to_end(preset, program, demo, tmp_path, monkeypatc
     tilted = re.search(r"^ngram_tilt:hints total=\d+ gated=(\d+)", out, re.MULTILINE)
     assert bool(tilted) == (asked.get("NGRAM_TILT_ENABLED") == "1")
     assert not tilted or int(tilted[1]) > 0
+
+
+def test_every_preset_that_is_tracked_is_checked():
+    """A user's own preset stands beside ours without a test's notice; ours do not."""
+    listed = subprocess.run(["git", "ls-files", "presets"], cwd=ROOT, text=True, check=False,
+                            capture_output=True)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("no git repository here")
+    assert {Path(name).stem for name in listed.stdout.split()} == set(PRESETS)
+
+
+def test_a_preset_as_the_docs_say(tmp_path):
+    """The example of docs/presets.md is a preset."""
+    text = (ROOT / "docs" / "presets.md").read_text()
+    (example,) = re.findall(r"```\n(# .*?)```", text, re.DOTALL)
+    (tmp_path / "mine.env").write_text(example)
+    cfg = t.Config.from_env({"PRESET": str(tmp_path / "mine.env")}, ROOT)
+    assert t.changed(cfg, t.Config.from_env({"PRESET": "cpu_demo"}, ROOT)).keys() == {
+        "ITERATIONS", "MATRIX_LR", "SEED"}
 
 
 def test_readme_lists_every_preset():

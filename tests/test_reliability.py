@@ -65,7 +65,9 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     given = dict(ITERATIONS=20, TRAIN_SEQ_SCHEDULE="8@0.3,32@1", SEQ_CHANGE_WARMUP_STEPS=9,
                  NGRAM_MIXER="exact", NGRAM_MIN_TOKENS=0)
-    want = score(finished(start(quiet, data, **given, CHECKPOINT_EVERY_SECONDS=0)))
+    want = score(finished(start(quiet, data, **given, CHECKPOINT_EVERY_SECONDS=0,
+                                SCORES_PATH=tmp_path / "quiet.npz")))
+    given["SCORES_PATH"] = tmp_path / "killed.npz"
     moments = [*(rf"^{rng.randrange(a, a + 5)}/20 train_loss" for a in (2, 10)), r"^ttt_phase"]
     log = killed / "log.txt"
     for moment in moments:
@@ -79,6 +81,8 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     assert re.search(r"^resumed: scoring round:\d+ batch:\d+", text, re.MULTILINE)
     assert len(re.findall(r"^resumed: step:\d+", log.read_text(), re.MULTILINE)) == 2
     assert score(text) == want
+    with np.load(tmp_path / "quiet.npz") as one, np.load(tmp_path / "killed.npz") as other:
+        assert all((one[name] == other[name]).all() for name in one if name != "meta")
     a, b = weights(quiet), weights(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert (quiet / "final_model.int6.ptz").read_bytes() == (

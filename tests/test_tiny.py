@@ -11,7 +11,8 @@ from tests.tools import TINY, launch, said, write_data
 
 NUMBER = r"([-+0-9.e]+)"
 LINES = {  # what tools read from a log: (pattern, how often in this run)
-    "training": (rf"^(\d+)/(\d+) train_loss: {NUMBER} train_time: {NUMBER}m tok/s: {NUMBER}$", 6),
+    "training": (rf"^(\d+)/(\d+) train_loss: {NUMBER} train_time: {NUMBER}m tok/s: {NUMBER} "
+                 rf"seconds: {NUMBER} left: \d+s$", 6),
     "validation": (rf"^(\d+)/(\d+) val_loss: {NUMBER} val_bpb: {NUMBER}$", 1),
     "pre-quantisation": (r"^diagnostic pre-quantization post-ema val_loss:(\S+) val_bpb:(\S+) "
                          rf"eval_time:{NUMBER}ms$", 1),
@@ -51,8 +52,8 @@ def test_train_pack_and_score_again(tmp_path, compressor):
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
 
-    log = said(out / "first.txt")
-    assert log == run.stdout
+    log = (out / "first.txt").read_text()
+    assert said(out / "first.txt") == run.stdout
     lines = found(log)
     assert lines.keys() == LINES.keys()
     cfg = t.Config.from_env(TINY | {"COMPRESSOR": compressor, "QUANTISER": quantiser})

@@ -1,6 +1,7 @@
 """What several test files share: a tiny configuration, synthetic shards, a model with no zeros."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,9 @@ TINY = {
     "PHASED_TTT_PREFIX_DOCS": "6", "PHASED_TTT_NUM_PHASES": "2", "GLOBAL_TTT_CHUNK_TOKENS": "64",
     "GLOBAL_TTT_BATCH_SEQS": "2", "TTT_STREAM": "0",
 }
+# The presets that this repository has; those that a user puts beside them are his own affair.
+PRESETS = ("best", "cpu_demo", "pr1430_as_run", "pr1430_causal", "pr1787", "pr1855", "pr1934",
+           "pr2014", "pr2060", "pr2118", "pr2118_as_run", "pr2140")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
 # What else of a preset does not fit that size: lists of lengths, groups of too many columns.
 TINY_LISTS = {"TRAIN_SEQ_SCHEDULE": "8@0.1,16@0.7,32@1.0", "AWQ_LITE_GROUP_SIZE": "8",
@@ -135,15 +139,26 @@ class Recorder(t.Meter):
 
 
 def said(log: Path) -> str:
-    """What a log says that the console says, too: all but the program's source."""
+    """What a log says that the console says, too: all but the program's source, the list of all
+    settings and the last line."""
     lines = log.read_text().splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("source: "))
+    alone = "source: ", "Hyperparameters:", "  ", "not the default: ", '{"result": '
+    return "".join(line for line in lines if not line.startswith(alone))
 
 
-def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240):
-    """The program in a process of its own, with `settings` as its environment."""
+def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240,
+           interrupt=""):
+    """The program in a process of its own, with `settings` as its environment; Ctrl-C as soon as it
+    prints a line with the text `interrupt`."""
     keep = {k: v for k, v in os.environ.items() if not t.is_ours(k) and k != "PRESET"}
     env = {**keep, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
     command = [sys.executable, *launcher, str(program)]
+    if interrupt:
+        with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) as run:
+            next(line for line in run.stdout if interrupt in line)
+            run.send_signal(signal.SIGINT)
+            out, err = run.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(command, run.returncode, out, err)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True,
                           timeout=timeout, check=False)
