@@ -6,18 +6,18 @@
     python prepare_caseops_data.py --docs docs.jsonl --sp TOKENIZER.model --fuse-markers --out data
     python prepare_caseops_data.py --docs docs.jsonl --train-tokenizer --vocab-size 8192 --out data
     python prepare_caseops_data.py --demo data/demo --train-tokenizer --vocab-size 1024 \\
-        --val-docs 150 --out data/demo
+        --val-docs 32 --out data/demo
     python prepare_caseops_data.py --download caseops --train-shards 80 --out data
     python prepare_caseops_data.py --download docs --out data
     python prepare_caseops_data.py --audit DATASET_FOLDER [--sp TOKENIZER.model] [--val PATH]
     python prepare_caseops_data.py --export DATASET_FOLDER --out docs.jsonl
 
 The input holds one JSON value a line: an object with a string "text", or a bare string; plain or
-in gzip, zstd or xz. Or it is Parquet with a text column. Its first --val-docs documents are the
-validation set, the rest is training; nothing is reordered. Written:
+in gzip, bzip2, zstd or xz. Or it is Parquet with a text column. Its first --val-docs documents are
+the validation set, the rest is training; nothing is reordered. Written:
 
     OUT/tokenizers/NAME.model
-    OUT/datasets/fineweb10B_sp<V>_lossless_caps_caseops_v1_reserved/
+    OUT/datasets/NAME_sp<V>_lossless_caps_caseops_v1_reserved/    (NAME: --name, default own)
         fineweb_train_%06d.bin      tokens; every document begins with BOS (id 1)
         fineweb_val_%06d.bin
         fineweb_val_bytes_%06d.bin  original UTF-8 bytes that each val token stands for (BOS: 0)
@@ -54,6 +54,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import sys
 from pathlib import Path
@@ -291,12 +292,13 @@ def trained_tokenizer(source, staged, n_val, vocab_size, max_bytes, fuse):
 
 def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_tokens=100_000_000,
             tokenizer_bytes=300_000_000, text_column="text", workers=1, drop_duplicates=False,
-            fuse=False, restart=False, overwrite=False):
+            fuse=False, restart=False, overwrite=False, name="own"):
     """Prepare the data set of `docs`, a path or several, under `out`; the manifest (a dict).
 
     Give `sp`, a tokenizer's path, or `vocab_size` to train one on the training documents; `fuse`
-    gives it fused markers. With several `workers` the caller's module must be importable without
-    side effects. Raises UserError or OSError, and then leaves what was there before untouched.
+    gives it fused markers; `name` begins the set's name. With several `workers` the caller's module
+    must be importable without side effects. Raises UserError or OSError, and then leaves what was
+    there before untouched.
     """
     source = Source(docs, text_column)
     if not source.rereadable and sp is None:
@@ -306,7 +308,7 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
                 "--text-column": text_column, "--drop-val-duplicates": drop_duplicates,
                 **({"--fuse-markers": True} if fuse else {})}
     if sp is not None:
-        model, encoder, name = read_tokenizer(sp, fuse)
+        model, encoder, file = read_tokenizer(sp, fuse)
         identity["tokenizer"] = hashlib.sha256(model).hexdigest()
         vocab_size = encoder.size
     else:  # another input may give another tokenizer, though it begins with the same documents
@@ -318,8 +320,7 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
         say(note)
     identity |= {"validation documents": n_val}
     with locked(out):
-        folder = Path(out) / "datasets" / \
-            f"fineweb10B_sp{vocab_size}_{caps.TRANSFORM_NAME}_reserved"
+        folder = Path(out) / "datasets" / f"{name}_sp{vocab_size}_{caps.TRANSFORM_NAME}_reserved"
         tokenizers = Path(out) / "tokenizers"
         if recover(folder, tokenizers) == identity:
             manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -327,20 +328,20 @@ def prepare(docs, out, *, sp=None, vocab_size=None, val_docs=50_000, shard_token
             report(manifest, folder)
             return manifest
         if sp is not None:
-            check_target(folder, (tokenizers / name, identity["tokenizer"]), overwrite)
+            check_target(folder, (tokenizers / file, identity["tokenizer"]), overwrite)
         staged = Staging(folder, identity, restart)
         with staged.kept():
             if staged.note:
                 say(staged.note)
             if sp is None:
-                model, name = trained_tokenizer(source, staged, n_val, vocab_size, tokenizer_bytes,
+                model, file = trained_tokenizer(source, staged, n_val, vocab_size, tokenizer_bytes,
                                                 fuse)
                 encoder = Encoder(model, "the tokenizer just trained", threads=1)
                 assert encoder.exact and encoder.size == vocab_size
-            entry = {"file": name, "sha256": hashlib.sha256(model).hexdigest(),
+            entry = {"file": file, "sha256": hashlib.sha256(model).hexdigest(),
                      "bytes": len(model), "vocab_size": encoder.size, "trained_here": sp is None,
                      "keeps_every_byte": encoder.exact}
-            check_target(folder, (tokenizers / name, entry["sha256"]), overwrite)
+            check_target(folder, (tokenizers / file, entry["sha256"]), overwrite)
             manifest = fill(source, staged, encoder, model, entry, n_val, val_docs, shard_tokens,
                             drop_duplicates, workers)
             install(staged.folder, folder, tokenizers)
@@ -398,6 +399,9 @@ def make_parser():
                         "input (default with --demo: DIR/docs.jsonl)")
     p.add_argument("--text-column", default="text", metavar="NAME",
                    help="the column or key that holds the text (default %(default)s)")
+    p.add_argument("--name", default="own", metavar="NAME",
+                   help="how the data set's name begins (default %(default)s; the published one: "
+                        "fineweb10B)")
     p.add_argument("--out", help="output root; the file to write for --export")
     p.add_argument("--sp", help="SentencePiece model")
     p.add_argument("--val-docs", type=int, default=50_000, metavar="N",
@@ -441,6 +445,8 @@ def parse_arguments(argv):
         (args.val_docs < 1, "--val-docs must be at least 1"),
         (not 1 <= args.shard_tokens < 1 << 31, "--shard-tokens must be 1 to 2147483647"),
         (args.tokenizer_bytes < 1, "--tokenizer-bytes must be at least 1"),
+        (not re.fullmatch(r"\w[\w.-]*", args.name),
+         "--name must be letters, digits, '_', '-' and '.'"),
         (args.workers < 1, "--workers must be at least 1"),
         (len(tools) > 1, f"{' and '.join('--' + t for t in tools)}: give one of them"),
         (tools and data, f"--{''.join(tools[:1])} goes without --docs, --demo and "
@@ -506,7 +512,8 @@ def run(args):
                 val_docs=args.val_docs, shard_tokens=args.shard_tokens,
                 tokenizer_bytes=args.tokenizer_bytes, text_column=args.text_column,
                 workers=args.workers, drop_duplicates=args.drop_val_duplicates,
-                fuse=args.fuse_markers, restart=args.restart, overwrite=args.overwrite)
+                fuse=args.fuse_markers, restart=args.restart, overwrite=args.overwrite,
+                name=args.name)
     return 0
 
 

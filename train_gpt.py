@@ -2149,6 +2149,7 @@ def open_shard(path: Path) -> np.ndarray:
     def check(holds: bool, problem: str) -> None:
         require(holds, f"{path}: {problem}; prepare the data again or fetch the file again")
 
+    check(path.is_file(), f"{'a folder' if path.is_dir() else 'no such file (a dangling link)'}")
     size = path.stat().st_size
     check(size >= SHARD_HEADER, f"{size} bytes, shorter than a shard's header")
     magic, version, count = (int(x) for x in np.fromfile(path, "<i4", 3))
@@ -2172,9 +2173,8 @@ class TokenStream:
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """uint16 values [begin, end) of the sequence."""
-        parts = [shard[max(0, begin - start) : max(0, end - start)]
-                 for start, shard in zip(self.starts, self.shards, strict=True)]
-        return np.concatenate(parts)
+        return np.concatenate([shard[max(0, begin - start) : max(0, end - start)]
+                               for start, shard in zip(self.starts, self.shards, strict=True)])
 
     def place(self, index: int) -> str:
         """File and position of a value, for messages."""
@@ -2229,6 +2229,8 @@ class TrainRows:
         self.count, self.longest = (len(stream) - 1) // self.length, cfg.train_seq_len
         require(self.count, f"{stream.paths[0].parent}: {len(stream)} training tokens, less than a "
                 f"row of {self.length} + 1; lower TRAIN_BATCH_TOKENS or add data")
+        for g in np.linspace(0, self.count - 1, 256).astype(int):  # the others when they are cut
+            stream.checked_ids(g * self.length, (g + 1) * self.length + 1, cfg.vocab_size)
 
     def row(self, g: int) -> Row:
         begin = g % self.count * self.length
@@ -2257,12 +2259,11 @@ def data_folder(cfg: Config) -> Path:
     """DATA_PATH, or where prepare_caseops_data.py or the hub put the set under DATA_DIR."""
     if cfg.data_path:
         return Path(cfg.data_path)
-    tail = f"fineweb10B_sp{cfg.vocab_size}"
-    caseops = f"{tail}_lossless_caps_caseops_v1_reserved"
-    nested = f"{tail}_caseops/datasets/datasets/{caseops}"
-    names = (caseops, nested) if cfg.caseops_enabled else (tail,)
-    folders = [Path(cfg.data_dir) / "datasets" / name for name in names]
-    return next((f for f in folders if f.is_dir()), folders[0])
+    root, name = Path(cfg.data_dir) / "datasets", f"sp{cfg.vocab_size}"
+    name += "_lossless_caps_caseops_v1_reserved" if cfg.caseops_enabled else ""
+    found = list(root.glob(f"*_{name}")) or list(root.glob(f"*/datasets/datasets/*_{name}"))
+    require(len(found) < 2, f"{root}: several sets end in _{name}; set DATA_PATH to one of them")
+    return found[0] if found else root / f"fineweb10B_{name}"
 
 
 def load_split(cfg: Config, split: str) -> TokenStream:
@@ -2271,10 +2272,11 @@ def load_split(cfg: Config, split: str) -> TokenStream:
     found = sorted(p for p in folder.glob(pattern) if "_bytes_" not in p.name)
     require(found, f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
             "prepare_caseops_data.py (see README.md)")
+    gap = next((x for x in enumerate(found) if not re.search(f"_0*{x[0]}$", x[1].stem)), None)
+    require(not gap, f"{gap and gap[1]}: shard {gap and gap[0]} before it is missing; fetch it")
     stream = TokenStream(found)
-    first = stream.read(0, 1)[0]
-    require(first == BOS,
-            f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
+    first = stream.shards[0][0]
+    require(first == BOS, f"{stream.place(0)}: id {first}, but a document begins with BOS ({BOS})")
     return stream
 
 
@@ -2309,8 +2311,7 @@ def check_data(cfg: Config) -> str:
     for name in sorted(listed | found):
         file, entry = path.parent / name, files.get(name, {"sha256": "none"})
         digest = entry.get("sha256") if isinstance(entry, dict) else None
-        require(name in found, f"{file}: no such file, but {path.name} lists it, so a part of the "
-                "validation set would not be scored; prepare the data again")
+        require(file.is_file(), f"{file}: no such file, but {path.name} lists it; prepare it again")
         require(not digest or hashlib.sha256(file.read_bytes()).hexdigest() == digest,
                 f"{file}: not the file that {path.name} was written with, so training may hold its "
                 "documents; prepare the data again, or see --audit of prepare_caseops_data.py")
@@ -2327,13 +2328,12 @@ def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
     if not cfg.tokenizer_path:
         return
     path = Path(cfg.tokenizer_path)
-    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file; unset it or correct the path")
     from sentencepiece import SentencePieceProcessor
 
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (RuntimeError, OSError):
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; correct it") from None
+        raise UserError(f"TOKENIZER_PATH={path}: no such file, or no tokenizer; mend it") from None
     require(size == cfg.vocab_size,
             f"{path}: {size} pieces, but VOCAB_SIZE={cfg.vocab_size}; set it to {size}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -3331,47 +3331,47 @@ class ValSet(NamedTuple):
 def read_pieces(cfg: Config) -> list[str]:
     """The V pieces of the tokenizer at TOKENIZER_PATH, by id; control pieces in <>."""
     from sentencepiece import SentencePieceProcessor
-
     sp = SentencePieceProcessor(model_file=cfg.tokenizer_path)
     return [f"<{i}>" if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
 
 
 def piece_bytes(ids: np.ndarray, pieces: list[str]) -> np.ndarray:
-    """Original bytes of each id of a set without sidecar: the piece's, a byte piece's one, none of
-    a control piece, nor of the blank before the first word after one."""
-    control = np.array([bool(re.fullmatch(r"<\d+>", piece)) for piece in pieces])
-    blank = np.array([piece.startswith("\u2581") for piece in pieces])
-    text = [1 if re.fullmatch(r"<0x..>", p) else len(p.removeprefix("\u2581").encode())
-            for p in pieces]
-    sizes = np.where(control, 0, text)[ids]
-    sizes[1:] += blank[ids[1:]] & ~control[ids[:-1]]
-    return sizes.astype(np.uint16)
+    """Original bytes of each id of a set without sidecar: 1 of a blank (U+2581), 0 right after a
+    control piece. U+2581 in the text looks alike: too few bytes, which makes BPB worse."""
+    require("\u2581" in pieces or "<0xE2>" not in pieces, "TOKENIZER_PATH: no piece of U+2581 "
+            "alone, so a blank is 3 byte pieces, as is U+2581 in the text: make a byte sidecar")
+    control, byte, blank = (np.array([bool(re.match(form, piece)) for piece in pieces])
+                            for form in (r"<\d+>$", "<0x..>$", "\u2581"))
+    text = np.where(byte, 1, [len(p.replace("\u2581", "_").encode()) for p in pieces]) * ~control
+    return (text[ids] - (blank[ids] & np.insert(control[ids[:-1]], 0, True))).astype(np.uint16)
 
 
 def load_val(cfg: Config) -> ValSet:
     """The whole validation set with its byte sidecar, checked against each other."""
-    stream, sides = load_split(cfg, "val"), []
+    stream = load_split(cfg, "val")
     ids = stream.checked_ids(0, len(stream), cfg.vocab_size)
-    for path, shard in zip(stream.paths, stream.shards, strict=True):
-        side = path.with_name(path.name.replace("fineweb_val_", "fineweb_val_bytes_"))
-        if not side.is_file() and not cfg.caseops_enabled and cfg.tokenizer_path:
-            sides.append(piece_bytes(np.asarray(shard), read_pieces(cfg)))
-            continue
-        require(side.is_file(), f"{side}: the byte sidecar of {path.name} is missing; without it "
-                "there is no BPB: prepare the data again")
-        sizes = open_shard(side)
-        require(len(sizes) == len(shard), f"{side}: {len(sizes)} byte counts for the {len(shard)} "
-                f"tokens of {path.name}; prepare both again, together")
-        sides.append(sizes)
-        wrong = next(iter(np.flatnonzero((shard == BOS) & (sizes != 0))), None)
-        require(wrong is None, f"{side}: position {wrong} counts bytes for a BOS: not the sidecar "
-                f"of {path.name}; prepare both again, together")
+    sides = [p.with_name(p.name.replace("_val_", "_val_bytes_")) for p in stream.paths]
+    told = cfg.caseops_enabled or not cfg.tokenizer_path or any(p.is_file() for p in sides)
+    sizes = np.concatenate([*map(read_sidecar, sides, stream.shards)]) if told else piece_bytes(
+        ids, read_pieces(cfg))
     require(len(ids) > cfg.eval_seq_len, f"{data_folder(cfg)}: {len(ids)} validation tokens, less "
             f"than one sequence of EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower it or add documents")
-    tail = 0 if cfg.eval_include_tail else (len(ids) - 1) % cfg.eval_seq_len
-    kept = slice(len(ids) - tail)
-    return ValSet(ids[kept], np.concatenate(sides)[kept].astype(np.int32))
+    kept = len(ids) - (0 if cfg.eval_include_tail else (len(ids) - 1) % cfg.eval_seq_len)
+    return ValSet(ids[:kept], sizes[:kept].astype(np.int32))
+
+
+def read_sidecar(path: Path, shard: np.ndarray) -> np.ndarray:
+    """The byte counts of a shard's tokens; UserError where they cannot be theirs."""
+    require(path.is_file(), f"{path}: the byte sidecar of a shard is missing; prepare it again")
+    sizes, starts = open_shard(path), np.arange(0, max(1, len(shard) - 4095), 4096)
+    require(sizes.size == shard.size, f"{path}: {sizes.size} byte counts for the {shard.size} "
+            "tokens of its shard; prepare both again, together")
+    empty = (np.maximum.reduceat(sizes, starts) == 0) & (np.maximum.reduceat(shard, starts) != BOS)
+    at = [*np.flatnonzero((sizes > 0) & (shard == BOS))[:1], *starts[empty], -1][0]
+    require(at < 0, f"{path}: position {at} counts bytes for a BOS, or none for 4,096 tokens: not "
+            "the sidecar of its shard; prepare both again, together")
+    return sizes
 
 
 class Meter:

@@ -24,9 +24,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 
 import lossless_caps as caps
-from caseops import BOS, COUNT_LIMIT, UserError, overlap
+from caseops import BOS, COUNT_LIMIT, SPACE_MARK, UserError, overlap
 from caseops.export import Loss, decode_documents, open_tokenizer, sidecar
 from caseops.splits import (
     Split,
@@ -42,6 +43,7 @@ SHORT = 16  # tokens with BOS, about 40 bytes
 TOLERATED = 0.02  # of the validation documents
 LISTED = 20
 MISCOUNTED = 0.1  # of the tokens of known bytes: fullwidth letters and ligatures may have others
+ZEROS = 4096  # tokens in a row that cannot all be without bytes
 SAMPLED = 2000  # validation documents decoded to see what the tokenizer loses
 # The challenge's validation set in the published tokenizer (system.md §1), and what a split of
 # 10,000 shows in the logs (9,662,464 targets, whole sequences of 2,048; the rules, §1.7 row 7).
@@ -134,6 +136,7 @@ def audit(folder, *, tokenizer=None, val=None, out=print, progress=None):
     job.open_tokenizer(tokenizer)
     job.check_files()
     job.read_validation()
+    job.check_blanks()
     job.search_training()
     job.check_hashes()
     job.tell_overlap()
@@ -194,7 +197,7 @@ class _Audit:
         self.folder, self.shards, self.manifests, self.out = folder, shards, manifests, out
         self.report = Report(str(folder))
         self.figures = self.report.figures
-        self.encoder = self.vocabulary = None
+        self.encoder = self.vocabulary = self.path = self.counts = None
         self.digests = {}  # (split, file name): sha256
         self.splits = {name: Split(shards[name]) for name in ("train", "val")}
         self.done, self.total = 0, 2 * sum(map(len, self.splits.values()))
@@ -239,7 +242,7 @@ class _Audit:
         fused = str(entry.get("file")).endswith("_fused.model")  # 0 and 2 are words' beginnings
         self.textless = self.encoder.textless if self.encoder else np.array(
             [BOS, 3] if fused else [0, BOS, 2, 3])
-        path = given or find_tokenizer(self.folder, manifest)
+        self.path = path = given or find_tokenizer(self.folder, manifest)
         if path and "sha256" in entry \
                 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != entry["sha256"]:
             self.error(f"{path}: not the tokenizer of the manifest (other sha256)")
@@ -337,10 +340,17 @@ class _Audit:
         digests = {}
         counts, _ = overlap.load(side, digests)
         self.digests |= {("val", k): v for k, v in digests.items()}
+        self.counts = counts
         wrong = int(np.count_nonzero(counts[bos]))
         if wrong:
             self.error(f"the byte sidecar gives bytes to {wrong:,} of the {len(bos):,} BOS: it "
                        "belongs to other tokens")
+        blocks = np.arange(0, max(1, len(counts) - ZEROS + 1), ZEROS)
+        empty = blocks[(np.maximum.reduceat(counts, blocks) == 0)
+                       & (np.maximum.reduceat(self.validation.tokens, blocks) != BOS)]
+        if len(empty):
+            self.error(f"the byte sidecar gives no bytes to {ZEROS:,} tokens from token "
+                       f"{empty[0]:,} on, in {len(empty):,} places: it was not written to its end")
         self._compare_counts(counts)
         begins = self.validation.begins
         starts = np.maximum(begins - 1, 0)  # with the BOS, so that no stretch is empty
@@ -365,6 +375,46 @@ class _Audit:
         if wrong > MISCOUNTED * judged:
             self.error(f"the byte sidecar gives {wrong:,} of {judged:,} tokens of letters or "
                        "operators other bytes than they have: it belongs to other tokens")
+
+    def check_blanks(self):
+        """A blank is one byte, though SentencePiece's sign for it, U+2581, has three."""
+        if not self.path:
+            return
+        sp, tokens = sentencepiece.SentencePieceProcessor(), self.validation.tokens
+        try:
+            sp.LoadFromFile(str(self.path))
+        except (RuntimeError, OSError):
+            return
+        pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        if int(tokens.max()) >= len(pieces):
+            return
+        counts = self.counts
+        if SPACE_MARK not in pieces:  # then a blank is its three byte pieces
+            mark = [sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+            at = np.flatnonzero((tokens[:-2] == mark[0]) & (tokens[1:-1] == mark[1])
+                                & (tokens[2:] == mark[2]))
+            told = f"{self.path}: no piece of U+2581 alone, so {len(at):,} blanks are three byte " \
+                   "pieces each (or U+2581 in the text, which looks alike)"
+            if counts is None:
+                self.error(f"{told}, and no sidecar says how many bytes they are: adding up pieces "
+                           f"gives up to {2 * len(at):,} bytes too many")
+                return
+            three = sum(counts[at + k].astype(int) for k in range(3)) == 3
+        elif counts is not None:
+            words = np.array([p[:1] == SPACE_MARK and p[1:].isascii() and p[1:].isalpha()
+                              for p in pieces])
+            at = np.flatnonzero(words[tokens])
+            sizes = np.array([len(p) for p in pieces])  # with the blank as one byte
+            three = counts[at] == sizes[tokens[at]] + 2
+            told = f"{len(at):,} words begin with a blank"
+        else:
+            return
+        wrong = np.count_nonzero(three)
+        if wrong > MISCOUNTED * len(at):
+            self.error(f"{told}; the byte sidecar counts {wrong:,} of these blanks as three bytes: "
+                       "a blank is one")
+        elif SPACE_MARK not in pieces:
+            self.note(told)
 
     def _tell_tokens(self, title, name, tokens):
         for shard, count in tokens.special.items():
@@ -551,4 +601,17 @@ class _Audit:
         parts = [f"LEAK: {report.leaks:,} of {total:,} validation documents stand in training"] \
             * bool(report.leaks)
         parts += [f"{len(report.problems):,} errors"] * bool(report.problems)
-        self.out(f"verdict: {'; '.join(parts) or 'clean'}")
+        self.out(f"verdict: {'; '.join(parts) or 'clean'}{self._remedy()}")
+
+    def _remedy(self):
+        """What to do about leaks."""
+        report, steps = self.report, []
+        leaking = [x for x in (report.whole, report.short, report.near) if report.leaking(x)]
+        if any(ordered_runs(x) for x in leaking):
+            steps.append("prepare both splits again, in one run with one --val-docs")
+        if any(x is not report.near for x in leaking):
+            steps.append("prepare with --drop-val-duplicates, which leaves equal documents out of "
+                         "training")
+        if report.near in leaking:
+            steps.append("take the near-duplicates listed above out of the source")
+        return f"; next: {'; or '.join(steps)}; then train again" if steps else ""

@@ -39,9 +39,10 @@ class Remote:
     """The files below `prefix` of one data set repository, at the commit that is its newest."""
 
     def __init__(self, repository, prefix):
-        self.hub = require("huggingface_hub")
+        # Each module by its name: the library's lazy attributes do not name its submodules.
+        self.hub, self.utils = require("huggingface_hub"), require("huggingface_hub.utils")
         self.repository, self.prefix = repository, prefix.strip("/")
-        self.hub.utils.logging.set_verbosity_error()  # each retry is a warning
+        self.utils.logging.set_verbosity_error()  # each retry is a warning
         self.api = self.hub.HfApi()
         with self._told_plainly():
             self.commit = self.api.repo_info(repository, repo_type="dataset").sha
@@ -68,11 +69,11 @@ class Remote:
         url = self.hub.hf_hub_url(self.repository, file.path, repo_type="dataset",
                                   revision=self.commit)
         # Not hf_hub_download, which begins a file anew in every run: one here has 48 GB.
-        with self._told_plainly(got), open(got, "ab") as f:
+        with self._told_plainly(name, got), open(got, "ab") as f:
             if f.tell() < file.size:
                 require("huggingface_hub.file_download").http_get(
                     url, f, resume_size=f.tell(), expected_size=file.size,
-                    headers=self.hub.utils.build_hf_headers(),
+                    headers=self.utils.build_hf_headers(),
                     displayed_filename=name.split("/")[-1])
         if wrong := self.differs(name, got):
             got.unlink()
@@ -94,8 +95,9 @@ class Remote:
         return None if found == wanted else f"hash {found[:16]}..., not {wanted[:16]}..."
 
     @contextlib.contextmanager
-    def _told_plainly(self, path=None):
-        """The hub's client and the libraries below it raise errors of many kinds."""
+    def _told_plainly(self, name="", path=None):
+        """The hub's client and the libraries below it raise errors of many kinds. `name` is the
+        file that is fetched, to `path`."""
         try:
             yield
         except UserError:
@@ -104,9 +106,9 @@ class Remote:
             if getattr(e, "errno", None) == errno.ENOSPC:
                 raise OSError(e.errno, e.strerror, str(path)) from None
             words = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UserError(f"{self.repository}: {type(e).__name__}: {words}; check the network "
-                            "and MATCHED_FINEWEB_REPO_ID, then run the same command again to go "
-                            "on") from None
+            raise UserError(f"{self.repository}: {name}{': ' * bool(name)}{type(e).__name__}: "
+                            f"{words}; check the network and MATCHED_FINEWEB_REPO_ID, then run the "
+                            "same command again to go on") from None
 
 
 def download(what, out, train_shards=None):
@@ -134,8 +136,9 @@ def download_docs(remote, out, scratch):
     if told.get("docs_bytes", docs.stat().st_size) != docs.stat().st_size:
         raise UserError(f"{docs}: {docs.stat().st_size:,} bytes, but {DOCS[1]} says "
                         f"{told['docs_bytes']:,}; the repository disagrees with itself")
+    n_val = told.get("docs_val") or told.get("num_val_docs") or 50_000
     say(f"written: {docs}, {told.get('num_docs', 'unknown number of')} documents; prepare them with"
-        f" --val-docs {told.get('docs_val') or told.get('num_val_docs') or 50_000}")
+        f" --name fineweb10B --val-docs {n_val}")
 
 
 def download_caseops(remote, out, scratch, train_shards):

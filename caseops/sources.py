@@ -1,9 +1,10 @@
-"""Where documents come from: JSON lines (plain, .gz, .zst, .xz, standard input) and Parquet.
+"""Where documents come from: JSON lines (plain, .gz, .bz2, .zst, .xz, standard input) and Parquet.
 
 A file is what its first bytes say, whatever its name. It is read once, in order, in chunks of
 about 1 MB that hold whole documents; what is in a chunk is looked at by whoever encodes it.
 """
 
+import bz2
 import codecs
 import contextlib
 import dataclasses
@@ -12,6 +13,7 @@ import importlib
 import itertools
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from caseops import UserError
 CHUNK_BYTES = 1 << 20  # a chunk is at most this, one block and the rest of a document
 BLOCK_BYTES = 1 << 18
 PACKED_BYTES = 1 << 14  # given to a decompressor at a time: 1 MB of it could become gigabytes
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".jsonl.xz", ".parquet")
+# Whole numbers are not read: their value matters nowhere, and Python refuses 4,301 digits.
+JSON = json.JSONDecoder(parse_int=len)
 
 
 class DocumentProblem(UserError):
@@ -83,7 +87,7 @@ class Lines(Chunk):
         start = 0
         for number, line in enumerate(self.data.split(b"\n"), self.first):
             start += len(line) + 1
-            bare = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
+            bare = line.removeprefix(codecs.BOM_UTF8).strip()  # also where files were joined
             if bare:
                 yield number, bare, start
 
@@ -106,21 +110,30 @@ class Lines(Chunk):
 
     def _parse(self, number, line):
         try:
-            value = json.loads(line.decode())
+            value = JSON.decode(line.decode())
         except UnicodeDecodeError as e:
             self.reject(number, f"not UTF-8 ({e.reason} at byte {e.start} of the line)")
         except json.JSONDecodeError as e:
             self.reject(number, f"not JSON ({e.msg.removesuffix(' at')} at column {e.colno})")
-        except (ValueError, RecursionError) as e:  # a number or a nesting beyond Python's limits
+        except RecursionError as e:  # a nesting beyond Python's limits
             self.reject(number, f"not JSON that can be read ({e})")
         if isinstance(value, dict):
             if self.column not in value:
-                self.reject(number, f'the object has no "{self.column}"')
+                self.reject(number, f'the object has no "{self.column}"{self._advice(value)}')
             value = value[self.column]
         elif not isinstance(value, str):
             self.reject(number, f'{type(value).__name__}, where an object with "{self.column}" or '
                                 "a string was expected")
         return self._document(value, number)
+
+    def _advice(self, value):
+        """What an object without the key that holds the text has instead."""
+        texts = [key for key, x in value.items() if isinstance(x, str)]
+        nested = [key for key, x in value.items() if isinstance(x, dict) and self.column in x]
+        if nested:
+            return f', only inside of "{nested[0]}", which is not read: write it one level higher'
+        named = ", ".join(repr(key[:40]) for key in texts[:8]) + ", ..." * (len(texts) > 8)
+        return f", but {named}: give --text-column one of these" if texts else ""
 
 
 class Rows(Chunk):
@@ -129,7 +142,7 @@ class Rows(Chunk):
     unit, noun = "row ", "row"
 
     def _batch(self):
-        return require("pyarrow").ipc.open_stream(self.data).read_next_batch()
+        return require("pyarrow.ipc").open_stream(self.data).read_next_batch()
 
     def count(self):
         """How many documents there are."""
@@ -153,9 +166,8 @@ class Rows(Chunk):
 
 def arrow_stream(batch):
     """A record batch as bytes."""
-    arrow = require("pyarrow")
-    sink = arrow.BufferOutputStream()
-    with arrow.ipc.new_stream(sink, batch.schema) as stream:
+    sink = require("pyarrow").BufferOutputStream()
+    with require("pyarrow.ipc").new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
@@ -186,15 +198,55 @@ class Packing:
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd", *(bytes([x, 0x2a, 0x4d, 0x18]) for x in range(0x50, 0x60))
 PACKINGS = (
     Packing("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(31), lambda: zlib.error),
+    Packing("bzip2", b"BZh", bz2.BZ2Decompressor, lambda: OSError),
     Packing("zstd", ZSTD_MAGIC, lambda: require("zstandard").ZstdDecompressor(
         max_window_size=1 << 31).decompressobj(), lambda: require("zstandard").ZstdError),
     Packing("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor, lambda: lzma.LZMAError))
 PARQUET = b"PAR1"
+OTHERS = {b"PK\3\4": "a zip archive", b"ARROW1": "an Arrow file", b"7z\xbc\xaf": "a 7z archive",
+          b"%PDF": "a PDF", b"<": "HTML or XML"}
 
 
 def packing_of(head):
     """The Packing of a file that begins with `head`, or None."""
     return next((p for p in PACKINGS if head.startswith(p.magic)), None)
+
+
+def refuse_other_format(name, head):
+    """Raise UserError where the text that begins with the bytes `head` is no JSON lines at all:
+    then no line of it is to blame."""
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    line, _, rest = start.partition(b"\n")
+    begins = start[:1]
+    known = next((kind for magic, kind in OTHERS.items() if start.startswith(magic)), None) \
+        or ("a tar archive" if head[257:262] == b"ustar" else None)
+    wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    rewrite = f"write one document a line, as with: jq -c {{}} {name} > docs.jsonl"
+    for fault, holds, remedy in (
+            ("a Git LFS pointer, not the file itself",
+             start.startswith(b"version https://git-lfs"), "fetch it with git lfs pull"),
+            ("UTF-16 or UTF-32, not UTF-8", wide or head[:2].count(0) == 1,
+             f"convert it, as with: iconv -f UTF-16 -t UTF-8 {name} > docs.jsonl"),
+            (f"{known}, not JSON lines or Parquet", known, "unpack or convert it"),
+            ("lines that end in CR alone", re.match(rb"[^\n]*[^\s]\r\s*[^\s][^\n]*\Z", start),
+             f"convert them, as with: tr '\\r' '\\n' < {name} > docs.jsonl"),
+            ("one JSON array, not JSON lines",
+             begins == b"[" and not (rest.strip() and is_json(line)), rewrite.format("'.[]'")),
+            ("JSON over several lines, not JSON lines", line.strip() == b"{", rewrite.format(".")),
+            ("CSV, TSV or plain text, not JSON lines",
+             (begins and begins not in b'{["' or re.match(rb'"[^"\\\n]*"\s*[,\t;]', line))
+             and not is_json(line), "convert it to JSON lines or Parquet")):
+        if holds:
+            raise UserError(f"{name}: {fault}; {remedy}")
+
+
+def is_json(line):
+    """Whether the bytes are one JSON value."""
+    try:
+        JSON.decode(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def find_files(paths):
@@ -222,8 +274,9 @@ def find_files(paths):
         elif Path(path).exists():
             raise UserError(f"{path}: not a regular file; pipe it in with --docs -")
         else:
-            raise UserError(f"{path}: no such file; give --docs a JSON-lines file, or build one "
-                            "with --demo DIR")
+            dangling = " (a dangling link)" if Path(path).is_symlink() else ""
+            raise UserError(f"{path}: no such file{dangling}; give --docs a JSON-lines file, or "
+                            "build one with --demo DIR")
     return found
 
 
@@ -318,7 +371,11 @@ class Source:
             if packing := packing_of(first):
                 self._packed.add(name)
                 stream = self._unpacked(name, stream, packing)
-            yield from line_chunks(name, stream)
+            head = next(stream, b"")
+            while len(head) < len(codecs.BOM_UTF8) + 262 and (more := next(stream, b"")):
+                head += more
+            refuse_other_format(name, head)
+            yield from line_chunks(name, itertools.chain([head], stream))
 
     def _blocks(self, f):
         while block := f.read(BLOCK_BYTES):
@@ -343,7 +400,8 @@ class Source:
                     data = b""
                     if machine.eof:
                         data, machine = machine.unused_data, None
-                    yield out
+                    for i in range(0, len(out), BLOCK_BYTES):  # bzip2 gives 900 kB at once
+                        yield out[i:i + BLOCK_BYTES]
                 read += size
         if machine is not None:
             self._fail(name, f"the {packing.name} data break off at byte {read:,}, the file's end")
@@ -365,6 +423,8 @@ class Source:
             raise UserError(f"{path}: {n or 'no'} column{'s'[:n]} {self.column!r}; give "
                             f"--text-column one of {', '.join(schema.names)}")
         kind = schema.field(self.column).type
+        if isinstance(kind, arrow.DictionaryType):  # each text stored once; `_rows` gives it back
+            kind = kind.value_type
         if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
             raise UserError(f"{path}: column {self.column!r} holds {kind}, not strings; give "
                             "--text-column another one")
@@ -379,6 +439,9 @@ class Source:
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(256, [group], [self.column], use_threads=False):
+                    if isinstance(batch.column(0).type, arrow.DictionaryType):
+                        text = batch.column(0).dictionary_decode()
+                        batch = arrow.record_batch([text], [self.column])
                     for part in halves(batch):
                         yield Rows(path, row, arrow_stream(part))
                         row += part.num_rows

@@ -75,6 +75,8 @@ def find_shards(folder):
 
 def read_header(path):
     """(tokens that can be read, problem or ""). A file of another format has no tokens."""
+    if not path.is_file():
+        return 0, "a folder, not a shard" if path.is_dir() else "no such file (a dangling link)"
     size = path.stat().st_size
     with open(path, "rb") as f:
         raw = f.read(HEADER_BYTES)

@@ -59,6 +59,28 @@ def test_an_empty_shard_is_refused(tmp_path):
     assert "no tokens" in refused(t.open_shard, write_shard(tmp_path / "a.bin", []))
 
 
+def test_ids_that_no_sample_meets_are_found_when_their_row_is_cut(tmp_path):
+    ids = np.full(64 * 2000 + 1, 5)
+    ids[0], ids[64 * 3 + 9] = 1, 64
+    write_shard(tmp_path / "fineweb_train_000000.bin", ids)
+    rows = t.load_train(tiny(data_path=str(tmp_path)), runtime())
+    rows.row(2)
+    assert f"token {64 * 3 + 9}: id 64 is outside" in refused(rows.row, 3)
+
+
+def test_one_hole_in_a_sidecar_is_found(tmp_path):
+    shard, sizes = np.full(40_000, 5, np.uint16), np.ones(40_000, np.uint16)
+    shard[0] = sizes[0] = 1
+    sizes[0] = 0
+    write_shard(tmp_path / "a.bin", sizes)
+    assert t.read_sidecar(tmp_path / "a.bin", shard).sum() == 39_999
+    sizes[15_000:24_000] = 0
+    write_shard(tmp_path / "a.bin", sizes)
+    assert "position 16384 counts" in refused(t.read_sidecar, tmp_path / "a.bin", shard)
+    shard[15_000:24_000] = 1  # empty documents are none
+    assert t.read_sidecar(tmp_path / "a.bin", shard).sum() == 30_999
+
+
 def test_stream_crosses_shard_borders(tmp_path):
     sizes, whole = (5, 1, 7, 2), np.arange(15) + 100
     bounds = np.cumsum((0, *sizes))
@@ -241,6 +263,25 @@ def val_empty(folder):
     write_shard(folder / "fineweb_val_000000.bin", [])
 
 
+def sidecar_zero(folder):
+    size = len(t.open_shard(folder / "fineweb_val_000000.bin"))
+    write_shard(folder / "fineweb_val_bytes_000000.bin", [0] * size)
+
+
+def sidecar_dangling(folder):
+    sidecar_missing(folder)
+    (folder / "fineweb_val_bytes_000000.bin").symlink_to("gone")
+
+
+def val_gap(folder):
+    (folder / "fineweb_val_000000.bin").rename(folder / "fineweb_val_000001.bin")
+
+
+def val_folder(folder):
+    val_missing(folder)
+    (folder / "fineweb_val_000000.bin").mkdir()
+
+
 def val_missing(folder):
     (folder / "fineweb_val_000000.bin").unlink()
 
@@ -254,6 +295,10 @@ def val_missing(folder):
     (val_id_out_of_range, r"fineweb_val_000000\.bin: token 77: id 64 is outside .*VOCAB_SIZE"),
     (val_short, r"21 validation tokens, less than one sequence of EVAL_SEQ_LEN=32"),
     (val_empty, r"fineweb_val_000000\.bin: no tokens"),
+    (sidecar_zero, r"fineweb_val_bytes_000000\.bin: position 0 counts .* none for 4,096 tokens"),
+    (sidecar_dangling, r"fineweb_val_bytes_000000\.bin: the byte sidecar .* is missing"),
+    (val_gap, r"fineweb_val_000001\.bin: shard 0 before it is missing; fetch it"),
+    (val_folder, r"fineweb_val_000000\.bin: a folder; prepare"),
     (val_missing, r"fineweb_val_\*\.bin: no such file; set DATA_PATH, or make the data"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_validation_sets_are_refused(data, damage, words):
@@ -265,10 +310,10 @@ def test_bad_validation_sets_are_refused(data, damage, words):
 
 def test_a_stray_sidecar_does_not_shift_the_byte_counts(tmp_path):
     ids = documents([30, 40, 50])
-    for i, part in ((0, slice(0, 50)), (2, slice(50, None))):
+    for i, part in ((0, slice(0, 50)), (1, slice(50, None))):
         write_shard(tmp_path / f"fineweb_val_{i:06}.bin", ids[part])
         write_shard(tmp_path / f"fineweb_val_bytes_{i:06}.bin", byte_counts(ids)[part])
-    write_shard(tmp_path / "fineweb_val_bytes_000001.bin", [7] * 30)
+    write_shard(tmp_path / "fineweb_val_bytes_000002.bin", [7] * 30)
     val = t.load_val(tiny(data_path=str(tmp_path)))
     assert val.bytes.tolist() == byte_counts(ids).tolist()
 
@@ -287,6 +332,21 @@ def train_short(folder):
     write_shard(folder / "fineweb_train_000000.bin", [1] + [5] * 63)
 
 
+def train_gap(folder):
+    (folder / "fineweb_train_000001.bin").rename(folder / "fineweb_train_000002.bin")
+
+
+def train_dangling(folder):
+    (folder / "fineweb_train_000001.bin").unlink()
+    (folder / "fineweb_train_000001.bin").symlink_to("../../blobs/x")
+
+
+def train_id_out_of_range(folder):
+    ids = np.array(t.open_shard(folder / "fineweb_train_000001.bin"))
+    ids[2000] = 64
+    write_shard(folder / "fineweb_train_000001.bin", ids)
+
+
 def train_magic(folder):
     write_shard(folder / "fineweb_train_000001.bin", [5, 6], magic=3)
 
@@ -296,6 +356,9 @@ def train_magic(folder):
     (train_without_bos, r"fineweb_train_000000\.bin: token 0: id 5, but a document begins"),
     (train_short, r"64 training tokens, less than a row of 64 \+ 1; lower TRAIN_BATCH_TOKENS"),
     (train_magic, r"fineweb_train_000001\.bin: magic 3"),
+    (train_gap, r"fineweb_train_000002\.bin: shard 1 before it is missing"),
+    (train_dangling, r"fineweb_train_000001\.bin: no such file \(a dangling link\)"),
+    (train_id_out_of_range, r"fineweb_train_000001\.bin: token 2000: id 64 is outside"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_training_sets_are_refused(data, damage, words):
     damage(data)
@@ -318,6 +381,12 @@ def test_the_published_layout_is_found(tmp_path):
     assert t.data_folder(cfg) == nested
     (tmp_path / "datasets" / name).mkdir()
     assert t.data_folder(cfg) == tmp_path / "datasets" / name
+    own = tmp_path / "datasets" / name.replace("fineweb10B", "own")
+    own.with_name(own.name + ".partial").mkdir()
+    own.mkdir()
+    assert "several sets end in _sp64_" in refused(t.data_folder, cfg)
+    (tmp_path / "datasets" / name).rmdir()
+    assert t.data_folder(cfg) == own
     cfg = tiny(data_dir=str(tmp_path), caseops_enabled=False)
     assert t.data_folder(cfg) == tmp_path / "datasets/fineweb10B_sp64"
     assert t.data_folder(tiny(data_path="elsewhere")).name == "elsewhere"

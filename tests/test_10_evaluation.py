@@ -144,3 +144,22 @@ def test_bytes_of_a_set_without_sidecar(data, monkeypatch):
         t.load_val(cfg)
     val = t.load_val(t.replace(cfg, caseops_enabled=False))
     assert val.bytes.sum() == 2 * (val.ids > 1).sum()
+
+
+def test_blanks_inside_pieces_are_one_byte_each():
+    """Pieces of several blanks or words; U+2581 is three bytes only where no blank is meant."""
+    pieces = ["<0>", "<1>", "\u2581", "\u2581\u2581\u2581", "\u2581of\u2581the", "a\u2581b",
+              "\u2581\u00e9"]
+    assert t.piece_bytes(np.array([1, 2, 3, 4, 5, 6, 1, 4, 1, 3]), pieces).tolist() == [
+        0, 0, 3, 7, 3, 3, 0, 6, 0, 2]
+
+
+def test_a_tokenizer_without_a_piece_for_a_blank_needs_a_sidecar():
+    """SentencePiece writes E2 96 81 for a blank then, and for U+2581 in the text: one byte or
+    three. Where the blank has a piece those bytes are the text's own."""
+    pieces = ["<0>", "<1>", "<0xE2>", "<0x96>", "<0x81>", "\u2581a", "a"]
+    ids = np.array([1, 5, 2, 3, 4, 6])
+    with pytest.raises(t.UserError, match="no piece of U.2581 alone.*make a byte sidecar"):
+        t.piece_bytes(ids, pieces)
+    assert t.piece_bytes(ids, [*pieces, "\u2581"]).tolist() == [0, 1, 1, 1, 1, 1]
+    assert t.piece_bytes(np.array([1, 3, 4]), ["<0>", "<1>", "<2>", "\u2581a", "a"]).sum() == 2

@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import sentencepiece
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -294,6 +295,7 @@ def test_one_copied_document_is_a_leak(clean):
     write_split(folder, "train", docs[40:70] + [docs[17]] + docs[70:], 2000)
     report, lines = run(folder)
     assert (report.exit_code, report.leaks) == (1, 1)
+    assert "; next: prepare with --drop-val-duplicates, which" in lines[-1]
     f, = report.whole
     assert (f.document, f.number, f.tokens, f.size) == (17, 30, len(docs[17]) + 1,
                                                         3 * len(docs[17]))
@@ -366,6 +368,16 @@ def big_endian(folder):
     raw.byteswap().tofile(path)
 
 
+def relink(path):
+    path.unlink()
+    path.symlink_to("../../blobs/gone")
+
+
+def refold(path):
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(("harm", "said"), [
     (truncate, "fineweb_train_000001.bin: 3,000 bytes, but 5,024 for the 2,000 tokens of its "
                "header: truncated"),
@@ -383,6 +395,11 @@ def big_endian(folder):
     (lambda f: write_shard(f / "fineweb_val_bytes_000003.bin", [0, 3]), "no validation shard besi"),
     (lambda f: shutil.copy(f / "fineweb_train_000000.bin", f / "other_train_000000.bin"),
      "two shards have number 0"),
+    (lambda f: relink(f / "fineweb_train_000001.bin"), "000001.bin: no such file (a dangling"),
+    (lambda f: relink(f / "fineweb_val_bytes_000001.bin"), "000001.bin: no such file (a dangling"),
+    (lambda f: refold(f / "fineweb_train_000001.bin"), "000001.bin: a folder, not a shard"),
+    (lambda f: [change(f"fineweb_val_bytes_00000{i}.bin", slice(None), 0)(f) for i in range(3)],
+     "no bytes to 4,096 tokens from token 0 on"),
     (change("fineweb_val_bytes_000000.bin", 0, 3), "gives bytes to 1 of the 40 BOS"),
     (change("fineweb_train_000001.bin", 5, 420), "fineweb_train_000001.bin: id 420, but the voca"),
     (change("fineweb_val_000001.bin", slice(3, 6), 0), "000001.bin: 3 tokens without text"),
@@ -395,6 +412,65 @@ def test_format_problems(harm, said, clean):
     assert [x for x in report.problems if said in x], report.problems
     assert report.exit_code == 1
     assert "error" in lines[-1]
+
+
+BLANKS = ["the cat and the dog, and a  bird: 1 2 3 . " * 4 + str(i) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """{whether U+2581 is a piece of its own: path} of a tokenizer without CaseOps."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(BLANKS), model_writer=model, vocab_size=300, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, add_dummy_prefix=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
+    folder, alone = tmp_path_factory.mktemp("sp"), b"\x0a\x03\xe2\x96\x81"
+    model = model.getvalue()
+    assert model.count(alone) == 1
+    for name, data in (("with", model), ("without", model.replace(alone, b"\x0a\x03\xee\x80\x80"))):
+        (folder / name).mkdir()
+        (folder / name / "own.model").write_bytes(data)
+    return {name: folder / name / "own.model" for name in ("with", "without")}
+
+
+@pytest.mark.parametrize("name", ["with", "without"])
+def test_a_blank_counted_as_three_bytes(name, tokenizers, tmp_path):
+    """A sidecar made from pieces: U+2581 and its byte pieces are three bytes, a blank is one."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers[name]))
+    ids = [sp.encode(text) for text in BLANKS]
+    three = np.array([1 if sp.is_byte(i) else len(sp.id_to_piece(i).encode())
+                      for i in range(len(sp))])
+    parts = [np.append(0, three[d]) for d in ids[:20]]
+    folder = tmp_path / "own_sp300_set"
+    write_set(folder, ids[:20], ids[20:], side=False)
+    tokenizers[name].parent.rename(folder / "tokenizers")
+    try:
+        report, lines = run(folder)
+        silent = [x for x in lines if "U+2581" in x]
+        assert bool(silent) == (name == "without"), lines
+        assert not silent or "no sidecar says" in silent[0]
+        write_shard(folder / "fineweb_val_bytes_000000.bin", np.concatenate(parts))
+        report, lines = run(folder)
+        assert [x for x in report.problems if "blanks as three bytes: a blank is one" in x], lines
+        for part, d, text in zip(parts, ids, BLANKS, strict=False):
+            part[1:] = exact_bytes(sp, d)
+            assert part.sum() == len(text.encode())
+        write_shard(folder / "fineweb_val_bytes_000000.bin", np.concatenate(parts))
+        report, lines = run(folder)
+        assert not [x for x in report.problems if "blank" in x], lines
+    finally:
+        (folder / "tokenizers").rename(tokenizers[name].parent)
+
+
+def exact_bytes(sp, ids):
+    """Of a text without U+2581: the last byte piece of a blank takes its byte."""
+    names = [sp.id_to_piece(i) for i in ids]
+    sizes = [1 if sp.is_byte(i) else len(n) for i, n in zip(ids, names, strict=True)]
+    for k in range(len(ids) - 2):
+        if names[k:k + 3] == ["<0xE2>", "<0x96>", "<0x81>"]:
+            sizes[k:k + 3] = 0, 0, 1
+    return sizes
 
 
 def test_nothing_to_audit(tmp_path, clean):

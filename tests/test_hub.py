@@ -1,11 +1,16 @@
 """caseops/hub.py against a small HTTP server that speaks the hub's endpoints."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +22,6 @@ import prepare_caseops_data as prep  # noqa: E402
 from caseops import hub  # noqa: E402
 from tests.test_prepare import english, model, tree, write_docs  # noqa: E402, F401 - fixtures
 
-pytest.importorskip("huggingface_hub")
 VOCAB = 420
 LARGE = (".bin", ".model", ".jsonl")  # what the hub keeps in LFS
 
@@ -65,8 +69,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name.endswith(LARGE) and "cdn" not in self.path:  # kept elsewhere
             self.reply(b"", body, 302, {"Location": self.path + "?cdn"})
             return
-        data = self.server.files[name]
-        data = self.server.sent.get(name, data)
+        data = self.server.sent.get(name, self.server.files[name])
+        if data is None:
+            self.reply(b"", body, 404, {"X-Error-Code": "EntryNotFound"})
+            return
         start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
         self.reply(data[start:], body, 206 if start else 200, {
             "ETag": f'"{hashlib.sha256(self.server.files[name]).hexdigest()}"',
@@ -85,7 +91,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data[:cut])
+            whole = data[:cut]
+            with contextlib.suppress(ConnectionError):  # the client was killed
+                self.wfile.write(whole[:self.server.stall])
+                if self.server.stall and len(whole) > self.server.stall:
+                    self.server.stalled.wait(60)
+                self.wfile.write(whole[self.server.stall or len(whole):])
 
 
 @pytest.fixture(scope="module")
@@ -111,27 +122,123 @@ def published(model, english, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def server(published, monkeypatch):
+def serving(published):
     """The running server; its attributes say what it holds and how it fails."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.sent, server.asked = dict(published), {}, []
+    server.down, server.cut, server.broken, server.commit = False, None, 0, "c" * 40
+    server.stall, server.stalled = None, threading.Event()
+    server.repository = "someone/some-set"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.stalled.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def server(serving, monkeypatch):
+    """The server, and the library of this process pointed to it, without its waits."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
     for module in (file_download, _http):  # it waits before it tries again
         monkeypatch.setattr(module.time, "sleep", lambda _: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.sent, server.asked = dict(published), {}, []
-    server.down, server.cut, server.broken, server.commit = False, None, 0, "c" * 40
-    server.repository = "someone/some-set"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
+    address = f"http://127.0.0.1:{serving.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", server.repository)
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", serving.repository)
     monkeypatch.delenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
+    return serving
+
+
+# ---- the command in a process of its own, with the library as it is ------------------------------
+
+
+class Tool:
+    """The data tool as a user starts it; the hub's address comes by HF_ENDPOINT."""
+
+    def __init__(self, server, home):
+        self.environ = {k: v for k, v in os.environ.items()
+                        if not k.startswith(("HF_", "MATCHED_")) and "proxy" not in k.lower()} | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
+            "MATCHED_FINEWEB_REPO_ID": server.repository}
+
+    def start(self, *arguments):
+        return subprocess.Popen(
+            [sys.executable, prep.__file__, "--download", *map(str, arguments)], text=True,
+            env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def fetch(self, *arguments):
+        run = self.start(*arguments)
+        out, error = run.communicate(timeout=60)
+        return run.returncode, out, error
+
+    def fails(self, said, *arguments):
+        code, _, error = self.fetch(*arguments)
+        lines = [x for x in error.splitlines() if "B/s]" not in x]  # the library's bars
+        assert (code, len(lines)) == (2, 1), error
+        assert lines[0].startswith("error: "), error
+        assert said in lines[0], error
+
+
+@pytest.fixture
+def tool(serving, tmp_path_factory):
+    return Tool(serving, tmp_path_factory.mktemp("home"))
+
+
+def test_the_command_fetches_the_set(serving, tool, published, tmp_path):
+    code, out, error = tool.fetch("caseops", "--out", tmp_path)
+    assert code == 0, error
+    assert "all hashes and headers are right" in out
+    for name, data in published.items():
+        if name.startswith("datasets/datasets/"):
+            assert (tmp_path / "datasets" / hub.SET / Path(name).name).read_bytes() == data
+
+
+def test_a_killed_download_goes_on_with_the_bytes_it_has(serving, tool, tmp_path):
+    name = f"datasets/{hub.DOCS[0]}"
+    serving.files[name] = b'{"text": "A document of some words."}\n' * 700_000
+    told = f"datasets/{hub.DOCS[1]}"
+    serving.files[told] = json.dumps({"docs_bytes": len(serving.files[name])}).encode()
+    serving.stall = 15_000_000  # the library hands over 10 MB at a time
+    run = tool.start("docs", "--out", tmp_path)
+    deadline, size = time.monotonic() + 60, 0
+    while size < 10_000_000 and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+        size = sum(p.stat().st_size for p in tmp_path.glob(".download/*.part"))
+    run.send_signal(signal.SIGKILL)
+    run.communicate(timeout=30)
+    assert run.returncode == -signal.SIGKILL
+    assert 10_000_000 <= size < len(serving.files[name])
+    assert not (tmp_path / hub.DOCS[0]).exists()
+    serving.stall = None
+    serving.stalled.set()
+    serving.asked.clear()
+    code, out, error = tool.fetch("docs", "--out", tmp_path)
+    assert code == 0, error
+    assert next(r for _, _, r in serving.asked if r) == f"bytes={size}-"
+    assert (tmp_path / hub.DOCS[0]).read_bytes() == serving.files[name]
+    assert not (tmp_path / ".download").exists()
+
+
+def test_failures_of_the_command_are_one_line(serving, tool, tmp_path):
+    side = f"datasets/datasets/{hub.SET}/fineweb_val_bytes_000000.bin"
+    whole = serving.files[side]
+    serving.sent[side] = whole[:-2] + b"\1\1"
+    tool.fails("fineweb_val_bytes_000000.bin came with hash", "caseops", "--out", tmp_path / "a")
+    serving.sent[side] = None  # listed, but not there any more
+    tool.fails("fineweb_val_bytes_000000.bin: RemoteEntryNotFoundError: 404", "caseops", "--out",
+               tmp_path / "b")
+    tool.environ["HF_HUB_OFFLINE"] = "1"
+    tool.fails("HF_HUB_OFFLINE", "caseops", "--out", tmp_path / "c")
+    del tool.environ["HF_HUB_OFFLINE"]
+    tool.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    tool.fails("check the network", "caseops", "--out", tmp_path / "d")
+
+
+# ---- in this process -----------------------------------------------------------------------------
 
 
 def fetch(out, *arguments):
@@ -176,7 +283,7 @@ def test_the_set_is_fetched_checked_and_completed(server, published, tmp_path, c
 def test_the_documents_are_fetched(server, published, tmp_path, capsys):
     assert prep.main(["--download", "docs", "--out", str(tmp_path)]) == 0
     assert tree(tmp_path) == {Path(n).name: d for n, d in published.items() if "docs_sel" in n}
-    assert "--val-docs 9" in capsys.readouterr().out
+    assert "--name fineweb10B --val-docs 9" in capsys.readouterr().out
 
 
 def test_a_broken_transfer_goes_on_where_it_stopped(server, published, tmp_path, capsys):

@@ -33,7 +33,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "caseops.jsonl"
 PUBLISHED = SHARED / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 VOCAB = 420
-SET = f"fineweb10B_sp{VOCAB}_lossless_caps_caseops_v1_reserved"
+SET = f"own_sp{VOCAB}_lossless_caps_caseops_v1_reserved"
 
 NASTY = ["", " ", "\n", " \t\n lead", "trail  \n\n", "\0", "a\0B\0", "\u2581", "a\u2581\u2581 b",
          "\u2581\ue004\u2581", " \u2581 x", "\u2585", "<s>", "<0x41><pad>", "\ufb01x \uff21 Ⅷ ½",
@@ -168,6 +168,18 @@ def test_every_code_point_survives_the_own_tokenizer(encoder):
     for c in [*range(0x300), *range(0x2000, 0x2100), *range(0x2570, 0x25A0), 0xE000, 0xE001]:
         text = f" {chr(c)}{chr(c)}x{chr(c)}\n"
         assert encoder.decode(encoder.encode_documents([text])[0][0]) == text
+
+
+def test_blanks_without_a_piece_count_one_byte_each(model, english):
+    """And U+2581 in the text three, also where the tokenizer spells it in byte pieces."""
+    data, alone = model.read_bytes(), b"\x0a\x03\xe2\x96\x81"
+    assert data.count(alone) == 1
+    without = encoding.Encoder(data.replace(alone, b"\x0a\x03\xee\x80\x80"))
+    for encoder in (encoding.Encoder(data), without):
+        texts = [*english[:3], "a \u2581 b\u2581\u2581  c", " \u2581", "THE Cat"]
+        for text, (ids, counts) in zip(texts, encoder.encode_documents(texts), strict=True):
+            assert counts.sum() == len(text.encode())
+            assert len(ids) == len(counts)
 
 
 def test_piece_too_long_is_found_with_and_without_counts(published):
@@ -342,7 +354,7 @@ def test_record_sample(tmp_path, published):
              '{"text":"Train Doc"}']
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     manifest = prep.prepare(tmp_path / "d.jsonl", tmp_path, sp=PUBLISHED, val_docs=4)
-    folder = tmp_path / "datasets" / "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+    folder = tmp_path / "datasets" / "own_sp8192_lossless_caps_caseops_v1_reserved"
     val, counts = read_split(folder, "val"), read_split(folder, "val_bytes")
     assert len(val) == 19
     assert val[:12].tolist() == [1, 4, 320, 8133, 5, 5566, 8136, 8133, 4, 1632, 1709, 1]
@@ -372,6 +384,23 @@ def test_val_docs_are_capped_with_a_message(n, asked, val, tmp_path, model, caps
     assert ("is capped at" in capsys.readouterr().out) == (asked >= n)
 
 
+def test_a_set_of_ones_own_has_a_name(model, tmp_path):
+    docs = write_docs(tmp_path / "d.jsonl", [f"Document {i}" for i in range(20)])
+    for name in ("own", "cooking"):
+        argv = ["--docs", docs, "--sp", model, "--out", tmp_path / "o", "--val-docs", 2]
+        assert prep.main([*map(str, argv), *["--name", name][:2 * (name != "own")]]) == 0
+        assert (tmp_path / "o" / "datasets" / SET.replace("own", name) / "manifest.json").exists()
+    with pytest.raises(prep.UserError, match="--name must be letters"):
+        prep.parse_arguments(["--docs", "d", "--sp", "m", "--out", "x", "--name", "../y"])
+
+
+def test_the_demo_of_the_help_is_that_of_the_preset():
+    wanted = "--val-docs 32 --out"
+    for name in ("presets/cpu_demo.env", "run_3seed.sh"):
+        assert wanted in (ROOT / name).read_text()
+    assert wanted in prep.__doc__
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 GOOD = '{"text": "fine"}\n'
@@ -380,7 +409,7 @@ GOOD = '{"text": "fine"}\n'
 @pytest.mark.parametrize(("line", "said"), [
     ("{oops}", "not JSON ("), ("[" * 100_000, "not JSON that can be read"),
     ('{"text": "a"} {"text": "b"}', "not JSON (Extra data at column 15)"),
-    ("9" * 5000, "not JSON that can be read"), (b'"\xff"', "not UTF-8 ("),
+    ("9" * 5000, "int, where an object"), (b'"\xff"', "not UTF-8 ("),
     ('{"body": "x"}', 'the object has no "text"'),
     ('{"text": null}', '"text" must be a string, not NoneType'),
     ('{"text": 3}', '"text" must be a string, not int'), ("[1]", "list, where an object"),
@@ -569,7 +598,7 @@ def test_write_whole_removes_what_it_could_not_finish(tmp_path):
 
 
 def test_demo_in_one_command(tmp_path):
-    argv = ["--demo", "demo", "--train-tokenizer", "--vocab-size", "1024", "--val-docs", "50",
+    argv = ["--demo", "demo", "--train-tokenizer", "--vocab-size", "1024", "--val-docs", "32",
             "--out", "demo"]
     done = subprocess.run([sys.executable, str(ROOT / "prepare_caseops_data.py"), *argv],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -588,8 +617,8 @@ def test_demo_in_one_command(tmp_path):
     model, = (tmp_path / "demo" / "tokenizers").iterdir()
     encoder = encoding.Encoder(model.read_bytes())
     tokens = documents_of(read_split(folder, "val"))
-    assert [encoder.decode(d[1:]) for d in tokens] == texts[:50]
-    assert read_split(folder, "val_bytes").sum() == sum(len(t.encode()) for t in texts[:50])
+    assert [encoder.decode(d[1:]) for d in tokens] == texts[:32]
+    assert read_split(folder, "val_bytes").sum() == sum(len(t.encode()) for t in texts[:32])
 
 
 def test_module_prose_takes_docstrings_and_comment_blocks_once():

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import reliability
 import train_gpt as t
-from tests.tools import NO_GPU, PROGRAM, ROOT, TINY, write_data
+from tests.tools import NO_GPU, PROGRAM, ROOT, TINY, write_data, write_shard
 
 KEPT = {"CHECKPOINT_EVERY_SECONDS": "0.001", "TRAIN_LOG_EVERY": "1", "RUN_ID": "log"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -247,3 +248,37 @@ def test_torchrun_restarts_from_the_checkpoint(tmp_path):
     finished(start(tmp_path / "quiet", data, TORCHRUN, ITERATIONS=60, PREQUANT_ONLY=1))
     a, b = weights(folder), weights(tmp_path / "quiet")
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)
+
+
+def test_a_run_does_not_go_on_with_other_shards(tmp_path):
+    """Without a manifest too: another shard of the same size, in whatever place it differs."""
+    data = write_data(tmp_path / "data")
+    digest = reliability.shard_digest(data)
+    assert digest == reliability.shard_digest(write_data(tmp_path / "copy"))
+    for path in sorted(data.glob("*.bin")):
+        whole = path.read_bytes()
+        for at in (1024, 1024 + 2 * 300, len(whole) - 2):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+            assert reliability.shard_digest(data) != digest, (path, at)
+        path.write_bytes(whole)
+    assert reliability.shard_digest(data) == digest
+    process = start(tmp_path / "out", data, ITERATIONS="2000")
+    wait_for(process, tmp_path / "out/log.txt", r"^2/2000 ")
+    process.kill()
+    process.communicate()
+    shard = data / "fineweb_train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\5\0")
+    out, err = start(tmp_path / "out", data, ITERATIONS="2000").communicate(timeout=120)
+    assert "resumed" not in out
+    assert re.fullmatch("error: .*checkpoint.pt: of a run with other shards; delete it.*\n", err)
+
+
+def test_a_large_shard_is_sampled_from_end_to_end(tmp_path):
+    values = np.arange(3_000_000) % 60
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", values)
+    digest = reliability.shard_digest(tmp_path)
+    for at in (0, 1_499_000, 2_999_999):
+        changed = values.copy()
+        changed[max(0, at - 50_000):at + 50_000] += 1
+        write_shard(path, changed)
+        assert reliability.shard_digest(tmp_path) != digest

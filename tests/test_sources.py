@@ -1,5 +1,6 @@
 """caseops/sources.py and workers.py: formats, damage, order, memory, processes that die."""
 
+import bz2
 import gzip
 import io
 import json
@@ -47,7 +48,8 @@ def parquet(data, *, group=7, column="text", **options):
     return sink.getvalue()
 
 
-PACK = {"gz": gzip.compress, "zst": zstd, "xz": lzma.compress, "parquet": parquet}
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstd, "xz": lzma.compress,
+        "parquet": parquet}
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +165,109 @@ def test_null_in_parquet_names_its_row(tmp_path, model, capsys):  # noqa: F811
           f'{tmp_path / "p"}:row 4: "text" must be a string, not NoneType', capsys)
 
 
+@pytest.mark.parametrize("kind", ["zst", "parquet"])
+def test_packages_in_a_process_of_its_own(kind, plain, tmp_path, model):  # noqa: F811
+    """A submodule that nobody imported is no attribute of its package."""
+    (tmp_path / "f").write_bytes(PACK[kind](plain.read_bytes()))
+    done = run_tool("--docs", tmp_path / "f", "--sp", model, "--out", tmp_path / "o", "-j", 1,
+                    "--val-docs", 9)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("module", "kind"), [("zstandard", "zst"), ("pyarrow", "parquet")])
 def test_missing_package_is_told_before_anything_else(module, kind, plain, tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(PACK[kind](plain.read_bytes()))
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"needs {module}; pip install -r requirements-data.txt"):
         sources.Source(tmp_path / "f")
+
+
+def test_dictionary_encoded_parquet_is_read(tmp_path, small_chunks):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    rows = ["one", "two", None, "one"] * 300
+    column = arrow.array(rows).dictionary_encode()
+    pyarrow.parquet.write_table(arrow.table({"id": range(1200), "text": column}), tmp_path / "d")
+    source = sources.Source(tmp_path / "d")
+    with pytest.raises(UserError, match='d:row 3: "text" must be a string, not NoneType'):
+        list(source)
+    column = arrow.array([x or "three" for x in rows]).dictionary_encode()
+    pyarrow.parquet.write_table(arrow.table({"text": column}), tmp_path / "d", row_group_size=500)
+    assert [d.text for d in sources.Source(tmp_path / "d")] == ["one", "two", "three", "one"] * 300
+    numbers = arrow.array([1, 2]).dictionary_encode()
+    pyarrow.parquet.write_table(arrow.table({"text": numbers}), tmp_path / "d")
+    with pytest.raises(UserError, match="holds dictionary<.*, not strings|holds int64"):
+        sources.Source(tmp_path / "d")
+
+
+def test_values_of_other_keys_matter_nowhere(tmp_path):
+    """Whole numbers beyond Python's limit, and a byte order mark where files were joined."""
+    raw = '{"text": "a", "id": ' + "9" * 6000 + ', "n": [-' + "1" * 5000 + ']}\n'
+    (tmp_path / "d").write_text(raw + '\ufeff{"text": "b"}\n \ufeff"c"\n', encoding="utf-8")
+    found = iter(sources.Source(tmp_path / "d"))
+    assert [next(found).text, next(found).text] == ["a", "b"]
+    with pytest.raises(UserError, match="d:3: not JSON"):  # a blank before the mark
+        next(found)
+
+
+def test_another_key_is_named(tmp_path):
+    for value, said in [
+            ({"content": "x", "title": "y", "n": 3}, "but 'content', 'title': give --text-column"),
+            ({f"k{i}": "x" for i in range(20)}, "'k7', ...: give --text-column"),
+            ({"row": {"text": "x"}}, 'only inside of "row", which is not read'),
+            ({"n": 3}, 'the object has no "text"; mend')]:
+        (tmp_path / "d").write_text(json.dumps(value) + "\n")
+        with pytest.raises(UserError, match=f"d:1: .*{said}"):
+            list(sources.Source(tmp_path / "d"))
+
+
+OBJECTS = [{"text": f"Document {i}."} for i in range(40)]
+LINES = "".join(json.dumps(x) + "\n" for x in OBJECTS)
+OTHER_FORMATS = {
+    "array": (json.dumps(OBJECTS), "one JSON array, not JSON lines; .*jq -c"),
+    "long array": (json.dumps(OBJECTS * 9000), "one JSON array"),
+    "pretty array": ("\ufeff" + json.dumps(OBJECTS, indent=1), "one JSON array"),
+    "array of lines": ("[" + LINES.replace("}\n", "},\n")[:-2] + "]", "one JSON array"),
+    "pretty object": (json.dumps(OBJECTS[0], indent=1), "JSON over several lines"),
+    "cr": (LINES.replace("\n", "\r"), "lines that end in CR alone; .*tr "),
+    "lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 4\n", "Git LFS"),
+    "utf-16": (LINES.encode("utf-16"), "UTF-16 or UTF-32, not UTF-8; .*iconv"),
+    "utf-16-be": (LINES.encode("utf-16-be"), "UTF-16"),
+    "utf-32": (LINES.encode("utf-32"), "UTF-16 or UTF-32"),
+    "csv": ("id,text\n1,one\n2,two\n", "CSV, TSV or plain text, not JSON lines; convert"),
+    "quoted csv": ('"id","text"\n1,"one"\n', "CSV, TSV"), "tsv": ("text\tid\na\t1\n", "TSV"),
+    "plain": ("Once upon a time\nthere was\n", "plain text"), "html": ("<html>", "HTML"),
+    "zip": (b"PK\3\4" + b"\0" * 600, "a zip archive, not JSON lines or Parquet; unpack"),
+    "tar": (b"d.jsonl".ljust(257, b"\0") + b"ustar\0" + b"\0" * 249, "a tar archive"),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_a_file_of_another_format_is_called_by_its_name(kind, pack, tmp_path):
+    data, said = OTHER_FORMATS[kind]
+    (tmp_path / "d.jsonl").write_bytes(pack(data if isinstance(data, bytes) else data.encode()))
+    with pytest.raises(UserError, match=f"d.jsonl: .*{said}") as e:
+        sources.choose_val_docs(sources.Source(tmp_path / "d.jsonl"), 5)
+    assert "\n" not in str(e.value)
+    assert "mend or remove" not in str(e.value)
+
+
+@pytest.mark.parametrize("head", ['["a list"]\n', "3\n", "{oops\n", '"oops\n'])
+def test_a_bad_first_line_is_no_other_format(head, tmp_path):
+    (tmp_path / "d").write_text(head + LINES)
+    with pytest.raises(UserError, match="d:1: "):
+        list(sources.Source(tmp_path / "d"))
+    (tmp_path / "d").write_text('{"text": \r"a"}\r\r\n' + LINES, newline="")  # CR is white space
+    assert len(list(sources.Source(tmp_path / "d"))) == 41
+
+
+def test_links_to_nothing_and_empty_folders(tmp_path):
+    (tmp_path / "d.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="d.jsonl: no such file .a dangling link."):
+        sources.Source(tmp_path / "d.jsonl")
+    with pytest.raises(UserError, match="a directory without files that end in .*bz2"):
+        sources.Source(tmp_path)
 
 
 # ---- damage --------------------------------------------------------------------------------------
