@@ -2688,7 +2688,7 @@ def sensitivities(model: GPT, rows: "TrainRows", first_step: int, hessians: Mapp
 
     A row's gradient is a sum of g x over tokens and passes, H one of x x^T: where the g are
     independent, E|dW|^2 = trace(H) mean g^2. What batch rows have in common is no noise: rows i of
-    both steps are subtracted, in any world size. Fisher's matrix stands for the loss's curvature."""
+    both steps are subtracted, in any world size. Fisher's matrix stands for the curvature."""
     found, params = matrices(model.cfg), dict(model.named_parameters())
     sums = [torch.zeros(matrix_of(params, m).shape[0], device=rt.device) for m in found]
     for pair in zip(rows.step(first_step), rows.step(first_step + 1), strict=True):
