@@ -1,7 +1,8 @@
 """What this machine will do, before a run is paid for: `python train_gpt.py calibrate`, or the same
 under torchrun with as many processes as the run will have, and with its settings (PRESET=...).
 
-Synthetic ids, documents of log-normal length as in FineWeb; random weights. It prints the time of
+Synthetic ids in documents as long as the training data's or, where there are none, of log-normal
+length as in FineWeb; random weights. It prints the time of
 a step in every stage, of the optimiser, of calibration and of test-time training, and from these
 the steps of the budget and the seconds of evaluation. It takes about a minute, and compiling.
 After training the program asks it for a report: how evenly steps went, and what held them up."""
@@ -32,11 +33,24 @@ def document_lengths(count: int, seed: int = 0) -> np.ndarray:
     return draws.astype(int) + 2
 
 
-def synthetic_row(cfg: t.Config, rt: t.Runtime, seed: int = 0, longest: int = 0) -> t.Row:
-    """An eighth of a step's tokens: random ids in documents of FineWeb's lengths."""
+def lengths_of_data(cfg: t.Config, tokens: int = 8_000_000) -> np.ndarray | None:
+    """Lengths of the documents in the first training tokens, None where there are no data."""
+    try:
+        ids = t.load_split(cfg, "train").shards[0][:tokens]
+    except t.UserError:
+        return None
+    found = np.diff(np.flatnonzero(ids == t.BOS))
+    return found if len(found) else None
+
+
+def synthetic_row(cfg: t.Config, rt: t.Runtime, seed: int = 0, longest: int = 0,
+                  lengths: np.ndarray | None = None) -> t.Row:
+    """An eighth of a step's tokens: random ids in documents drawn from `lengths`, else of
+    FineWeb's lengths."""
     rng, length = np.random.default_rng(seed), cfg.train_batch_tokens // 8 + 1
     ids = rng.integers(2, cfg.vocab_size, length)
-    begins = np.cumsum(document_lengths(length, seed))
+    begins = np.cumsum(document_lengths(length, seed) if lengths is None else
+                       rng.choice(lengths, length))
     ids[begins[begins < length]] = ids[0] = t.BOS
     return t.make_row(ids[:-1], ids[1:], longest or cfg.train_seq_len, rt.device)
 
@@ -70,9 +84,12 @@ def forecast(stages: Mapping[tuple[int, bool], float], seconds: Mapping[tuple[in
 def step_seconds(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> dict[tuple[int, bool], float]:
     """Seconds of a step in every stage, the optimiser and the average included."""
     optimisers, ema, found = t.Optimisers(model, cfg, rt), t.Ema(model, 0.5), {}
+    lengths = lengths_of_data(cfg)
+    rt.log("documents: " + ("log-normal" if lengths is None else "as long as the training data's")
+           + f", mean {MEAN if lengths is None else lengths.mean():.0f} tokens")
     cuda = rt.device.type == "cuda"
     for longest, looped in t.train_shapes(cfg):
-        rows = [synthetic_row(cfg, rt, rt.rank * rt.accumulation + k, longest)
+        rows = [synthetic_row(cfg, rt, rt.rank * rt.accumulation + k, longest, lengths)
                 for k in range(rt.accumulation)]
 
         def steps(rows=rows, looped=looped, count=4 if cuda else 1):
@@ -81,8 +98,9 @@ def step_seconds(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> dict[tuple[int, 
                 ema.update()
             return count
 
-        found[longest, looped] = median_seconds(steps, rt, 2.0, 3 if cuda else 1) / (4 if cuda
-                                                                                    else 1)
+        # warm for long enough that the clock rate is that of a run: a cold card is faster
+        warm = 40 if cuda else 1
+        found[longest, looped] = median_seconds(steps, rt, 2.0, warm) / (4 if cuda else 1)
         rt.log(f"step: length {longest} {'looped' if looped else 'plain'} "
                f"{1000 * found[longest, looped]:.1f} ms, "
                f"{cfg.train_batch_tokens / found[longest, looped]:,.0f} tokens/s")

@@ -21,6 +21,7 @@ ARRAYS = {"nats": "f", "bytes": "iu", "document": "iu", "order": "iu"}  # kinds 
 NUMBERS = ("val_loss", "val_bpb", "tokens", "bytes", "world")
 NEEDED = ("artifact_sha256", "program_sha256", "data", "settings", *NUMBERS)
 TOLERANCE = 1e-6  # relative: float32 entries summed in float64, against the program's sum
+ROUNDING = -1e-5  # nats of a target with probability 1, in float32
 
 
 def read_scores(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -86,8 +87,8 @@ def check_entries(arrays: dict[str, np.ndarray]) -> list[str]:
     """Entries that no evaluation gives."""
     nats, size, document = arrays["nats"], arrays["bytes"], arrays["document"]
     found = []
-    for wrong, words in ((~np.isfinite(nats), "nats is not finite"), (nats < 0, "nats below 0"),
-                         (size < 0, "bytes below 0")):
+    for wrong, words in ((~np.isfinite(nats), "nats is not finite"), (size < 0, "bytes below 0"),
+                         (nats < ROUNDING, "nats below 0")):
         if wrong.any():
             at = int(np.argmax(wrong))
             found.append(f"{words} at {int(wrong.sum()):,} target(s), first at target {at:,}")

@@ -200,7 +200,6 @@ class Config:
     lqer_enabled: bool = setting(True, "low-rank correction of the worst quantisation errors")
     lqer_rank: int = setting(4, "rank of a correction", 1, 256)
     lqer_top_k: int = setting(3, "matrices that get one", 0)
-    lqer_scope: str = setting("all", "matrices that may", choices=("all", "attn", "mlp", "embed"))
     lqer_gain_select: bool = setting(False, "rank by what a correction gains; off: by the error")
     lqer_asym_enabled: bool = setting(True, "factors in 2 and 4 bits; off: LQER_FACTOR_BITS")
     lqer_asym_group: int = setting(64, "elements of B that share a scale", 1)
@@ -423,7 +422,7 @@ FIXED = {name: tuple(values.split("|")) for name, values in re.findall(r"(\w+)=(
     GATED_ATTN_ENABLED=0 GATED_ATTN_INIT_STD=0.01 VAL_DOC_FRACTION=1.0 ATTN_OUT_GATE_ENABLED=0
     ATTN_OUT_GATE_SRC=proj PHASED_TTT_ENABLED=1 SPARSE_ATTN_GATE_INIT_STD=0.0|0 TTT_EVAL_BATCHES=
     TTT_GRAD_STEPS=1 TTT_OPTIMIZER=adam GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_WARMUP_CHUNKS=0
-    GLOBAL_TTT_WARMUP_START_LR=0.0|0 MATRIX_CLIP_SIGMAS=12.85""")}
+    GLOBAL_TTT_WARMUP_START_LR=0.0|0 MATRIX_CLIP_SIGMAS=12.85 LQER_SCOPE=all""")}
 # A setting in steps makes the one that says the same by the fraction of training give way.
 COUNTS = {"EMA_DECAY": "EMA_HORIZON_FRAC", **{f"{name}_WARMUP_STEPS": f"{name}_WARMUP_FRAC"
                                               for name in ("SEQ_CHANGE", "MUON_MOMENTUM")}}
@@ -1705,8 +1704,10 @@ class GPT(nn.Module):
         h = self.hidden(ids, segments, looped, lora, past=past)
         if read:
             read(h.detach())
-        if at is not None:
-            h = pick(h, at)
+        return self.losses(h if at is None else pick(h, at), targets, lora)
+
+    def losses(self, h: Tensor, targets: Tensor, lora: "Lora | None" = None) -> Tensor:
+        """Cross-entropy [B, T] of targets [B, T] at the final states h [B, T, d]."""
         z, w = (h, self.tok_emb.weight.to(h.dtype)) if lora is None else (self.head(h, lora), None)
         loss = softcap_cross_entropy if self.cfg.fused_ce_enabled else softcap_cross_entropy_ref
         return loss(z.flatten(0, 1), targets.flatten(), self.cap(), w).view_as(targets)
@@ -2811,9 +2812,8 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
         q, s = gptq(W, factor(m.source), grid, fine=fine, finer=finer)
         out[f"{m.name}.q"], out[f"{m.name}.s"] = q, s
         errors[m.name] = W - decode_matrix(out, m.name)
-    scope = {"all": "", "attn": ".attn.", "mlp": ".mlp.", "embed": "tok_emb"}[cfg.lqer_scope]
     if cfg.lqer_enabled:
-        gain = {name: E.norm().item() for name, E in errors.items() if scope in name}
+        gain = {name: E.norm().item() for name, E in errors.items()}
         if cfg.lqer_gain_select:  # what the stored correction takes off, not what there is to take
             gain = {n: g - (errors[n] - decode_lqer(encode_lqer(errors[n], cfg))).norm().item()
                     for n, g in gain.items()}
@@ -3453,12 +3453,11 @@ def timed_evaluation(label: str, model: GPT, val: ValSet, cfg: Config, rt: Runti
 # §11 Test-time training
 # ==================================================================================================
 class Document(NamedTuple):
-    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows; its first
-    target's place in the coding order."""
+    """Tokens [begin, end) of the validation stream: BOS, text, and the BOS that follows."""
 
     begin: int
     end: int
-    place: int = 0
+    place: int = 0  # of its first target in the coding order
 
     @property
     def targets(self) -> int:
@@ -4011,10 +4010,9 @@ def tilt_hints(ids: np.ndarray, cfg: Config) -> np.ndarray:
     return hint
 
 
-def tilt(losses: Tensor, logp: Tensor, targets: Tensor, hint: Tensor, boost: float) -> Tensor:
+def tilt(losses: Tensor, p: Tensor, targets: Tensor, hint: Tensor, boost: float) -> Tensor:
     """-log p' of the targets [b, C] for p'(a) = p(a) exp(boost [a = hint]) / Z, where there is a
-    hint; logp [b, C, V]. Z = 1 + p(hint) (exp(boost) - 1), so p' sums to one like p."""
-    p = logp.gather(2, hint.clamp(min=0).long()[:, :, None])[:, :, 0].exp()
+    hint; p [b, C] is p(hint). Z = 1 + p(hint) (exp(boost) - 1), so p' sums to one like p."""
     moved = torch.log1p(p * math.expm1(boost)) - boost * (targets == hint)
     return losses + moved * (hint >= 0)
 
@@ -4072,8 +4070,9 @@ class ScoreRules:
     def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
         h = self.h if self.cfg.ttt_stream else pick(self.h, window.at)
-        logp = self.model.logits(h, lora).log_softmax(-1)
-        return tilt(losses, logp, window.targets, *self.entries(window), self.cfg.token_boost)
+        (hint,) = self.entries(window)  # its p by the arithmetic of the losses, so that p' adds up
+        p = torch.exp(-self.model.losses(h, hint.clamp(min=0).long(), lora))
+        return tilt(losses, p, window.targets, hint, self.cfg.token_boost)
 
 
 def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
@@ -4301,6 +4300,7 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
     batches, bar = prefetch(rows.step, first), progress_bar(cfg.iterations, rt, "train", "step")
     watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
     looped, result, marks, changes = False, None, [], [first]
+    rt.sum_(torch.zeros(1, device=rt.device))  # all ranks are here: none waits in the clock
     lag, resumed = 2 if rt.device.type == "cuda" else 1, rt.seconds()
     for step in itertools.count(first):
         seconds = rt.sync_clock(clock["seconds"] + time.perf_counter() - resumed)

@@ -168,6 +168,11 @@ def test_a_legal_hint_does_not_depend_on_what_follows():
         assert all(alike) == (not gate)
 
 
+def of_hint(logp, hint):
+    """p(hint) [b, C] from a whole distribution [b, C, V]."""
+    return logp.gather(2, hint.clamp(min=0).long()[:, :, None])[:, :, 0].exp()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_programs_tilt_is_that_of_its_token_expert_alone(seed):
     """Hints and losses of train_gpt.py against those of variants.py without word experts."""
@@ -180,7 +185,7 @@ def test_the_programs_tilt_is_that_of_its_token_expert_alone(seed):
     losses = -logp.gather(2, y[:, :, None])[:, :, 0]
     hint, boost, kind = (torch.from_numpy(x)[None] for x in (hint, boost, kind))
     torch.testing.assert_close(
-        t.tilt(losses, logp, y, hint, cfg.token_boost),
+        t.tilt(losses, of_hint(logp, hint), y, hint, cfg.token_boost),
         v.tilt(losses, logp, y, hint, boost, kind, torch.ones(1, V, dtype=torch.bool)))
 
 
@@ -198,8 +203,8 @@ def test_the_tilted_distribution_sums_to_one(kind):
                               classes)).exp() for a in range(V)], -1)
     assert (p.double().sum(-1) - 1).abs().max() < 1e-6
     if kind == 0:  # the program's own, with one boost for all
-        q = torch.stack([(-t.tilt(-logp[:, :, a], logp, torch.full((5, 7), a), hint, 2.625)).exp()
-                         for a in range(V)], -1)
+        q = torch.stack([(-t.tilt(-logp[:, :, a], of_hint(logp, hint), torch.full((5, 7), a), hint,
+                                  2.625)).exp() for a in range(V)], -1)
         assert (q.double().sum(-1) - 1).abs().max() < 1e-6
     want = logp.exp()  # the definition, with the normaliser summed up
     raised = want.clone()

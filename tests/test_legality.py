@@ -227,7 +227,7 @@ def test_row_01_best_order_of_each_token(monkeypatch):
 @pytest.mark.parametrize("mode", [{}, STREAM])
 def test_row_01_tilt_without_its_divisor(monkeypatch, mode):
     """Seen only where a hint is given: in text that n-grams know."""
-    monkeypatch.setattr(t, "tilt", lambda losses, logp, targets, hint, boost: (
+    monkeypatch.setattr(t, "tilt", lambda losses, p, targets, hint, boost: (
         losses - boost * (targets == hint)))
     found = unlike_one(tiny(ngram_tilt_enabled=True, within_boost=0, word_boost=0, **mode))
     assert len(found) == 1 and "document 10 of the sample" in found[0]
