@@ -2,9 +2,10 @@
 under torchrun with as many processes as the run will have, and with its settings (PRESET=...).
 
 Synthetic ids in documents as long as the training data's or, where there are none, of log-normal
-length as in FineWeb; random weights. It prints the time of
-a step in every stage, of the optimiser, of calibration and of test-time training, and from these
-the steps of the budget and the seconds of evaluation. It takes about a minute, and compiling.
+length as in FineWeb; random weights. It prints the time of a step in every stage, of the optimiser,
+of calibration and of test-time training, and from these the steps of the budget and the seconds of
+evaluation. It takes about a minute, and compiling.
+
 After training the program asks it for a report: how evenly steps went, and what held them up."""
 
 import os
@@ -99,7 +100,7 @@ def step_seconds(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> dict[tuple[int, 
             return count
 
         # warm for long enough that the clock rate is that of a run: a cold card is faster
-        warm = 40 if cuda else 1
+        warm = 6 if cuda else 1
         found[longest, looped] = median_seconds(steps, rt, 2.0, warm) / (4 if cuda else 1)
         rt.log(f"step: length {longest} {'looped' if looped else 'plain'} "
                f"{1000 * found[longest, looped]:.1f} ms, "
