@@ -216,7 +216,7 @@ def test_every_setting_takes_odd_matrices_there_and_back(index, states, monkeypa
 def test_a_trellis_symbol_is_coded_under_the_parity_of_its_state():
     """Of unit Gaussians: the size is that of two distributions, not of one for both."""
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
-    s, c = torch.full((4096,), 0.6).half(), torch.zeros(16)
+    s, c = torch.full((4096,), 0.6).half(), torch.zeros(16, dtype=torch.int8)
     m = tg.gptq_trellis(x, tg.factorise(torch.eye(16)), s, c, 8)
     even = torch.from_numpy(tg.trellis_walk(m.numpy(), tg.trellis_bits(8)) % 2 == 0)
 

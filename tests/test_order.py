@@ -57,7 +57,8 @@ def test_the_file_is_the_score(trained):
     assert math.isclose(nats / n, float(told[1]), rel_tol=1e-6) and nats > 0
     assert math.isclose(nats / math.log(2) / size, float(told[2]), rel_tol=1e-6)
     assert math.isclose(meta["val_bpb"], float(told[2]), rel_tol=1e-7)
-    result = json.loads(log.splitlines()[-1])["result"]
+    saved = (settings["ARTIFACT_DIR"] / "log.txt").read_text()
+    result = json.loads(saved.splitlines()[-1])["result"]
     assert meta["artifact_sha256"] == result["bytes"]["sha256"][t.ARTIFACT_FILE]
     assert meta["program_sha256"] == result["program_sha256"] and meta["world"] == 1
     assert meta["data"] in log and meta["settings"]["TOKEN_ORDER"] == "5"

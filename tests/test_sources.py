@@ -30,6 +30,7 @@ from tests.test_prepare import (  # noqa: E402, F401 - fixtures
     tree,
     write_docs,
 )
+from tests.tools import hear_ctrl_c
 
 TOOL = str(ROOT / "prepare_caseops_data.py")
 
@@ -399,7 +400,8 @@ def start_endless(tmp_path, model, *argv):  # noqa: F811
     run = subprocess.Popen(
         [sys.executable, TOOL, "--docs", "-", "--sp", str(model), "--val-docs", "2", "--out",
          str(tmp_path / "o"), "-j", "2", "--shard-tokens", "200000", *argv],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c)
     staged = tmp_path / "o" / "datasets" / (SET + ".partial") / "journal.json"
     line = json.dumps({"text": "Some English words, and more. " * 100}).encode() + b"\n"
     deadline = time.monotonic() + 60

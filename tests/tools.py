@@ -146,6 +146,11 @@ def said(log: Path) -> str:
     return "".join(line for line in lines if not line.startswith(alone))
 
 
+def hear_ctrl_c() -> None:
+    """In a child: a suite in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), timeout=240,
            interrupt=""):
     """The program in a process of its own, with `settings` as its environment; Ctrl-C as soon as it
@@ -154,8 +159,8 @@ def launch(settings: dict, cwd: Path, program: Path = PROGRAM, launcher=(), time
     env = {**keep, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
     command = [sys.executable, *launcher, str(program)]
     if interrupt:
-        with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) as run:
+        with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c) as run:
             next(line for line in run.stdout if interrupt in line)
             run.send_signal(signal.SIGINT)
             out, err = run.communicate(timeout=timeout)
