@@ -84,7 +84,7 @@ def estimate(cfg: t.Config, speed: float, targets: int) -> str:
         parts = ["calibration", "scoring"]
     elif cfg.prequant_only:
         parts = ["training", "scoring"]
-    told = ", ".join(f"{part} about {duration(cost[part])}" for part in parts)
+    told = ", ".join(f"{part} about {duration(cost[part])}" for part in parts if cost[part])
     text = (f"estimate for this CPU ({speed / 1e9:.0f} GFLOP/s in products): a step about "
             f"{duration(cost['step'])}; {told}")
     total = sum(cost[part] for part in parts)
