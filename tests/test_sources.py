@@ -30,7 +30,7 @@ from tests.test_prepare import (  # noqa: E402, F401 - fixtures
     tree,
     write_docs,
 )
-from tests.tools import hear_ctrl_c
+from tests.tools import hear_ctrl_c  # noqa: E402
 
 TOOL = str(ROOT / "prepare_caseops_data.py")
 
