@@ -513,12 +513,15 @@ def test_a_recorded_step_is_the_eager_step_over_several_keys_in_turn():
                 graphs = calibrate.graphs(optimisers.recorder)
             found = []
             for k, (longest, looped) in enumerate(turns):
-                rows = [t.make_row(x[:-1], x[1:], longest, rt.device) for x in ids[k % 4:][:2]]
+                step = ids[k % 8:] + ids[:k % 8]  # as many rows as the warm-up ran at once
+                rows = [t.make_row(x[:-1], x[1:], longest, rt.device) for x in step]
                 found.append(t.run_step(model, rows, looped, optimisers, 0.5, 0.95).tolist())
             if compiled:
                 assert calibrate.graphs(optimisers.recorder) == graphs
-            dense = [t.make_row(x[:-1] * 0 + t.BOS, x[1:], 64, rt.device) for x in ids[:2]]
+                assert optimisers.recorder.loose == 0  # every step was a replay
+            dense = [t.make_row(x[:-1] * 0 + t.BOS, x[1:], 64, rt.device) for x in ids]
             found.append(t.run_step(model, dense, True, optimisers, 0.5, 0.95).tolist())
+            assert optimisers.recorder.loose == compiled
             losses.append(torch.tensor(found))
             ends.append([p.detach().clone() for p in model.parameters()])
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
