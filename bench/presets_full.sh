@@ -6,6 +6,7 @@
 #   ONLY="best pr2118"           these presets alone
 #   SECONDS_EACH=60              of training; LIMIT_EACH=900: of a whole run, which then counts as failed
 #   JOBS=4                       runs at a time; default: one a GPU (1 without GPUs)
+#   CUDA_VISIBLE_DEVICES=2,3     these GPUs alone
 #   EXTRA="MODEL_DIM=64 ..."     settings of all runs (on a CPU: small ones), after the preset's
 # Folders: OUT/PRESET (OUT is runs/presets); a run that ended well is not repeated. A run that fails
 # does not stop the others. OUT/table.md is written anew whenever a run ends (presets_table.py).
@@ -14,6 +15,8 @@ cd "$(dirname "$0")/.."
 
 gpus=0
 if command -v nvidia-smi > /dev/null; then gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true); fi
+IFS=, read -ra cards <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+if [ "$gpus" -gt 0 ]; then gpus=${#cards[@]}; fi
 jobs=${JOBS:-$((gpus > 0 ? gpus : 1))}
 out=${OUT:-runs/presets}
 presets=${ONLY:-pr1787 pr1855 pr1934 pr2014 pr2060 pr2118 pr2140 pr1430_causal pr1430_as_run best}
@@ -48,8 +51,8 @@ run() {
       settings+=("TOKENIZER_PATH=$TOKENIZER_PATH_SP1024")
     fi
   fi
-  if [ "$gpus" -gt 0 ]; then settings+=("CUDA_VISIBLE_DEVICES=$4"); fi
-  echo "== $preset begins$([ "$gpus" -gt 0 ] && echo " on GPU $4")" >&2
+  if [ "$gpus" -gt 0 ]; then settings+=("CUDA_VISIBLE_DEVICES=${cards[$4]}"); fi
+  echo "== $preset begins$([ "$gpus" -gt 0 ] && echo " on GPU ${cards[$4]}")" >&2
   # shellcheck disable=SC2086  # settings are words
   env MAX_WALLCLOCK_SECONDS="${SECONDS_EACH:-60}" TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY:-5}" \
     "${settings[@]}" ${EXTRA:-} PRESET="$preset" RUN_ID=log ARTIFACT_DIR="$folder" \
