@@ -45,7 +45,7 @@ def lengths_of_data(cfg: t.Config, tokens: int = 8_000_000) -> np.ndarray | None
 
 
 def synthetic_row(cfg: t.Config, rt: t.Runtime, seed: int = 0, longest: int = 0,
-                  lengths: np.ndarray | None = None) -> t.Row:
+                  lengths: np.ndarray | None = None) -> t.PackedBatch:
     """An eighth of a step's tokens: random ids in documents drawn from `lengths`, else of
     FineWeb's lengths."""
     rng, length = np.random.default_rng(seed), cfg.train_batch_tokens // 8 + 1
@@ -123,7 +123,7 @@ def scoring_rate(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> float:
     cuda, rng = rt.device.type == "cuda", np.random.default_rng(rt.rank)
     ordered = np.sort(document_lengths(1000))
     quantiles = ordered[[100, 300, 500, 700, 900]] if cuda else ordered[[300]]
-    make = t.Streamed if cfg.ttt_stream else t.Adapter
+    make = t.StreamingLoraTTT if cfg.ttt_stream else t.LoraTTT
     adapter = make(model, cfg, rt, cfg.ttt_batch_size, t.uniform_start(rt.generator(cfg.seed)))
     meter, targets, spent = t.Meter(rt), 0, 0.0
     for length in quantiles:
@@ -142,15 +142,15 @@ def scoring_rate(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> float:
     return rt.world * targets / rt.sync_clock(spent)
 
 
-def graphs(recorder: t.Recorder) -> int:
+def graphs(graph_cache: t.CudaGraphCache) -> int:
     """CUDA graphs recorded so far, and graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # nobody waits for it who does not compile
     compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-    return compiled + sum(map(bool, recorder.graphs.values()))
+    return compiled + sum(map(bool, graph_cache.graphs.values()))
 
 
 def report(marks: list[float], changes: list[int], waited: float, recorded: int,
-           recorder: t.Recorder, rt: t.Runtime) -> None:
+           graph_cache: t.CudaGraphCache, rt: t.Runtime) -> None:
     """Log the times of steps around each change of stage, and what held steps up. `marks`: seconds
     before each step from the first of `changes` on; `recorded`: graphs made meanwhile."""
     times = 1000 * np.diff(marks)
@@ -163,9 +163,9 @@ def report(marks: list[float], changes: list[int], waited: float, recorded: int,
                f"step {changes[0] + slowest}")
     rt.log(f"data wait: {waited:.1f}s")
     rt.log(f"graphs recorded in the clock: {recorded} (rows run without one: "
-           f"{recorder.loose})")
+           f"{graph_cache.loose})")
     rt.record["training"] |= {"data_wait_seconds": round(waited, 3), "graphs": recorded,
-                              "rows_without_graph": recorder.loose}
+                              "rows_without_graph": graph_cache.loose}
 
 
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> None:

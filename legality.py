@@ -105,7 +105,7 @@ class Access:
         rows = load(cfg, rt)
         row = rows.row
 
-        def guarded(g: int) -> t.Row:
+        def guarded(g: int) -> t.PackedBatch:
             self.check_train(f"training row {g}")
             return row(g)
         rows.row = guarded
@@ -203,29 +203,30 @@ class Ledger:
         original(meter, losses, sizes, mask, place)
 
     def forward(self, model: t.GPT, original: Callable, ids: Any, targets: Any, segments: Any,
-                looped: bool, lora: Any = None, at: Any = None, past: Any = None,
-                read: Any = None) -> torch.Tensor:
+                looped: bool, lora: Any = None, positions: Any = None, kv_cache: Any = None,
+                on_hidden: Any = None) -> torch.Tensor:
         """In place of GPT.forward: the logits, by the plain product, of what it scores."""
         def keep(h: torch.Tensor) -> None:
+            scored = h if positions is None else t.gather_positions(h, positions)
             with torch.no_grad():
-                self.latest = model.logits(h if at is None else t.pick(h, at), lora)
-            if read:
-                read(h)
-        return original(model, ids, targets, segments, looped, lora, at, past, keep)
+                self.latest = model.logits(scored, lora)
+            if on_hidden:
+                on_hidden(h)
+        return original(model, ids, targets, segments, looped, lora, positions, kv_cache, keep)
 
-    def learn(self, adapter: t.Adapter, original: Callable, scored: t.Scored) -> None:
-        """In place of Adapter.learn: the gradient of targets that must be in the ledger."""
-        window = scored.window
-        self.need(window.sizes[window.mask].tolist(), "an adapter")
+    def learn(self, adapter: t.LoraTTT, original: Callable, scored: t.Scored) -> None:
+        """In place of LoraTTT.learn: the gradient of targets that must be in the ledger."""
+        chunk_batch = scored.chunk_batch
+        self.need(chunk_batch.sizes[chunk_batch.mask].tolist(), "an adapter")
         original(adapter, scored)
 
-    def step(self, adapter: t.Adapter, original: Callable) -> None:
+    def step(self, adapter: t.LoraTTT, original: Callable) -> None:
         self.version += 1
         original(adapter)
 
-    def train_globally(self, original: Callable, model: Any, documents: Any, val: t.ValSet,
-                       *args: Any) -> int:
-        """In place of train_globally: documents whose targets must be in the ledger."""
+    def global_sgd_phase(self, original: Callable, model: Any, documents: Any, val: t.ValSet,
+                         *args: Any) -> int:
+        """In place of global_sgd_phase: documents whose targets must be in the ledger."""
         for doc in documents:
             self.need(range(doc.begin + 1, doc.end), "a global phase")
         self.version += 1
@@ -265,23 +266,23 @@ class Bench:
     def run(self, path: str, val: t.ValSet, cfg: t.Config | None = None, follow: bool = True,
             tables: t.ValSet | None = None, logits: bool = False) -> tuple[Ledger, t.Score]:
         """Score `val` by one path (plain or ttt) from the artifact's weights. With `follow` byte
-        counts are replaced by indices; rules may look things up in another set's `tables`; with
+        counts are replaced by indices; an adjustment may use another set's `tables`; with
         `logits` the ledger gets those, too."""
         cfg, ledger, model = cfg or self.cfg, Ledger(), self.model
         model.load_state_dict(self.weights)
         if follow:
             val = val._replace(bytes=np.arange(len(val.ids), dtype=np.int32))
-        spies = [(t.Meter, "add"), (t.Adapter, "learn"), (t.Adapter, "step"),
-                 (t, "train_globally")] * follow + [(t.GPT, "forward")] * logits
+        spies = [(t.Meter, "add"), (t.LoraTTT, "learn"), (t.LoraTTT, "step"),
+                 (t, "global_sgd_phase")] * follow + [(t.GPT, "forward")] * logits
         with contextlib.ExitStack() as stack:
             for owner, name in spies:
                 stack.enter_context(patched({name: getattr(ledger, name)}, owner))
             if path == "plain":
                 return ledger, t.evaluate(model, val, cfg, self.rt)
-            rules = t.make_rules(cfg, self.rt, model, tables or val)
-            if rules:
-                rules.wait()
-            return ledger, t.score_phased(model, val, cfg, self.rt, rules=rules)
+            adjustment = t.make_adjustment(cfg, self.rt, model, tables or val)
+            if adjustment:
+                adjustment.wait()
+            return ledger, t.score_phased(model, val, cfg, self.rt, adjustment=adjustment)
 
     def exact(self) -> "Bench":
         """The same model in float32, by functions of PyTorch where others lack that type."""
@@ -296,8 +297,8 @@ def sample_of(val: t.ValSet, cfg: t.Config) -> t.ValSet:
     """The beginnings of DOCUMENTS documents spread over the real validation set."""
     length, parts = int(CHUNKS * cfg.ttt_chunk_size) + DOCUMENTS, []
     documents = val.documents()
-    step = max(1, len(documents) // DOCUMENTS)
-    for n, (begin, end) in enumerate(documents[::step][:DOCUMENTS]):
+    stride = max(1, len(documents) // DOCUMENTS)
+    for n, (begin, end) in enumerate(documents[::stride][:DOCUMENTS]):
         parts.append(np.arange(begin, min(end - 1, begin + length - n)))
     if len(parts) < 2:
         raise t.UserError("audit: the validation set has fewer than 2 documents; add documents")
@@ -464,7 +465,7 @@ def check_normalisation(bench: Bench, path: str, val: t.ValSet) -> Said:
         last, true = len(stream.ids) - 1, int(stream.ids[-1])
         where = f"after {place(last - 1, stream)}"
         if not losses:
-            yield f"{where} nothing is scored", "score all, by evaluate or through Adapter.score"
+            yield f"{where} nothing is scored", "score all, by evaluate or through LoraTTT.score"
             continue
         total = math.fsum(math.exp(-x) for x in losses)
         if not abs(total - 1) <= 1e-5:
@@ -481,7 +482,7 @@ def check_normalisation(bench: Bench, path: str, val: t.ValSet) -> Said:
 
 
 def check_entries(bench: Bench, path: str, val: t.ValSet) -> Said:
-    """Without rules every loss must be -log softmax of the logits, which are computed once more,
+    """Unadjusted, every loss must be -log softmax of the logits, which are computed once more,
     plainly: up to a unit in the last place of two logits, in the evaluation's own number type."""
     cfg = replace(bench.cfg, slot_enabled=False, ngram_tilt_enabled=False, ngram_mixer="")
     ledger, _ = bench.run(path, val, cfg, logits=True)
@@ -525,7 +526,7 @@ def asked_plainly(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
     for tokens in torch.arange(bench.cfg.vocab_size, device=ids.device).split(64):
         with torch.no_grad():
             losses += bench.model(ids, tokens[None], *rest,
-                                  at=torch.full_like(tokens, place_in)[None])[0].tolist()
+                                  positions=torch.full_like(tokens, place_in)[None])[0].tolist()
     return losses, ledger
 
 
@@ -534,30 +535,31 @@ def asked_in_ttt(bench: Bench, val: t.ValSet) -> tuple[list[float], Ledger]:
     and weights as they are then. A table of n-grams is made for each token as the last."""
     last, losses = len(val.ids) - 1, []
 
-    def score(adapter: t.Adapter, original: Callable, window: t.Window, meter: t.Meter) -> t.Scored:
-        rules = adapter.rules
-        for b, c in ((window.sizes == last) & window.mask).nonzero().tolist():
-            kept = rules and (rules.tables, rules.count)
+    def score(adapter: t.LoraTTT, original: Callable, chunk_batch: t.ChunkBatch,
+              meter: t.Meter) -> t.Scored:
+        adjustment = adapter.adjustment
+        for b, c in ((chunk_batch.sizes == last) & chunk_batch.mask).nonzero().tolist():
+            kept = adjustment and (adjustment.tables, adjustment.count)
             losses.clear()
             for tokens in torch.arange(bench.cfg.vocab_size, device=bench.rt.device).split(64):
                 rows = torch.full_like(tokens, b)
-                many = {name: x[rows] for name, x in window._asdict().items()
+                many = {name: x[rows] for name, x in chunk_batch._asdict().items()
                         if isinstance(x, torch.Tensor) and x.dim()}
                 many["targets"][:, c] = tokens
-                if rules and rules.kinds:  # their tables one after another
-                    tables = [[x[:last] for x in rules.build(ended(val, a))]
+                if adjustment and adjustment.kinds:  # their tables one after another
+                    tables = [[x[:last] for x in adjustment.build(ended(val, a))]
                               for a in tokens.tolist()]
-                    rules.tables = [torch.cat(x).to(tokens.device) for x in zip(*tables)]
-                    rules.count = len(tokens) * last
+                    adjustment.tables = [torch.cat(x).to(tokens.device) for x in zip(*tables)]
+                    adjustment.count = len(tokens) * last
                     many["place"] += torch.arange(len(tokens), device=tokens.device) * last
                 collect = SimpleNamespace(
                     add=lambda used, *_, c=c: losses.extend(used[:, c].tolist()))
-                original(adapter, window._replace(
-                    rows=rows + window.rows.start, updates=False, **many), collect)
-            if rules:
-                rules.tables, rules.count = kept
-        return original(adapter, window, meter)
-    with patched({"score": score}, t.Adapter):
+                original(adapter, chunk_batch._replace(
+                    docs=rows + chunk_batch.docs.start, updates=False, **many), collect)
+            if adjustment:
+                adjustment.tables, adjustment.count = kept
+        return original(adapter, chunk_batch, meter)
+    with patched({"score": score}, t.LoraTTT):
         ledger, _ = bench.run("ttt", val)
     return losses, ledger
 

@@ -30,7 +30,7 @@ FORMAT = 1
 BEAT, SILENT, UNREACHED = 2.0, 120.0, 90.0
 
 
-class Keeper:
+class Checkpointer:
     """Saves and restores one run; every method that says so is a call of all ranks.
 
     Identity is program, settings and data: another run's checkpoint is an error, not a start. Of
@@ -102,8 +102,8 @@ class Keeper:
     def stop_if_told(self, what: str) -> None:
         """After a save: end the process if SIGTERM asked for it, with the exit code of one."""
         if self.told:
-            if self.rt.lifeline:
-                self.rt.lifeline.close()
+            if self.rt.heartbeat:
+                self.rt.heartbeat.close()
             self.rt.log(f"stopped by SIGTERM {what}; the same command goes on from there")
             sys.exit(128 + signal.SIGTERM)
 
@@ -184,13 +184,13 @@ class Scoring:
     before stays: ranks may be killed on both sides of a global phase, and all go on in the earlier
     round. Base weights change in global phases only, so round 0 needs none."""
 
-    def __init__(self, keeper: Keeper, model: t.GPT, meter: t.Meter, generator: torch.Generator,
-                 advance: t.ScoreProgress):
-        self.keeper, self.model, self.meter = keeper, model, meter
+    def __init__(self, checkpointer: Checkpointer, model: t.GPT, meter: t.Meter,
+                 generator: torch.Generator, advance: t.ScoreProgress):
+        self.checkpointer, self.model, self.meter = checkpointer, model, meter
         self.generator, self.advance, self.last = generator, advance, 0.0
-        files = keeper.folder.glob(f"checkpoint.ttt.{keeper.rt.rank}.*.pt")
+        files = checkpointer.folder.glob(f"checkpoint.ttt.{checkpointer.rt.rank}.*.pt")
         latest = max((int(path.name.split(".")[3]) for path in files), default=0)
-        self.state = keeper.read(self.path(int(min(gathered(latest, keeper.rt)))))
+        self.state = checkpointer.read(self.path(int(min(gathered(latest, checkpointer.rt)))))
         self.at = tuple(self.state["at"]) if self.state else (0, 0)
 
     @property
@@ -199,10 +199,10 @@ class Scoring:
         return bool(self.state and self.state["A"])
 
     def path(self, number: int) -> Path:
-        return self.keeper.folder / f"checkpoint.ttt.{self.keeper.rt.rank}.{number}.pt"
+        return self.checkpointer.folder / f"checkpoint.ttt.{self.checkpointer.rt.rank}.{number}.pt"
 
     @torch.no_grad()
-    def restore(self, adapter: t.Adapter | None) -> None:
+    def restore(self, adapter: t.LoraTTT | None) -> None:
         """Everything that scoring had changed, in place."""
         if not self.state:
             return
@@ -210,7 +210,7 @@ class Scoring:
         sums = meter.nats, meter.tokens, meter.bytes, meter.lengths, meter.kept
         if len(meter.kept) != len(state["meter"][-1]):
             raise t.UserError("this run began with another SCORES_PATH; go on with the same, or "
-                              f"delete {self.keeper.folder}/checkpoint.*")
+                              f"delete {self.checkpointer.folder}/checkpoint.*")
         for mine, saved in zip(sums, state["meter"], strict=True):
             mine.copy_(saved)
         for name, A in state["A"].items():
@@ -218,20 +218,20 @@ class Scoring:
         if state["model"]:
             self.model.load_state_dict(state["model"])
         self.generator.set_state(state["rng"])
-        self.last = self.keeper.earlier = state["seconds"]
+        self.last = self.checkpointer.earlier = state["seconds"]
         self.advance.started -= state["seconds"]
         self.advance.done = state["done"]
-        self.keeper.rt.log(f"resumed: scoring round:{self.at[0]} batch:{self.at[1]} "
-                           f"time:{state['seconds']:.1f}s")
+        self.checkpointer.rt.log(f"resumed: scoring round:{self.at[0]} batch:{self.at[1]} "
+                                 f"time:{state['seconds']:.1f}s")
 
-    def save(self, at: tuple[int, int], adapter: t.Adapter | None) -> None:
+    def save(self, at: tuple[int, int], adapter: t.LoraTTT | None) -> None:
         """Before batch `at`: save if it is time, a round begins, or SIGTERM ends the run here."""
-        seconds, keeper = self.advance.seconds(), self.keeper
+        seconds, checkpointer = self.advance.seconds(), self.checkpointer
         begins = at[0] > 0 and at[1] == 0
-        if not (begins or keeper.told or seconds - self.last >= keeper.every):
+        if not (begins or checkpointer.told or seconds - self.last >= checkpointer.every):
             return
         self.last = seconds
-        keeper.write(self.path(at[0]), {
+        checkpointer.write(self.path(at[0]), {
             "at": list(at), "seconds": seconds, "done": self.advance.done,
             "A": cpu(dict(adapter.lora.A)) if adapter else {},
             "model": cpu(self.model.state_dict()) if at[0] else {},
@@ -239,7 +239,7 @@ class Scoring:
                           self.meter.lengths, self.meter.kept]),
             "rng": self.generator.get_state()})
         self.path(at[0] - 2).unlink(missing_ok=True)
-        keeper.stop_if_told(f"before batch {at[1]} of round {at[0]} of the scoring")
+        checkpointer.stop_if_told(f"before batch {at[1]} of round {at[0]} of the scoring")
 
 
 def shard_digest(folder: Path) -> str:
@@ -284,7 +284,7 @@ def gathered(number: float, rt: t.Runtime) -> list[float]:
 
 # ---- the ranks
 
-class Lifeline(threading.Thread):
+class Heartbeat(threading.Thread):
     """Every rank says that it lives, and looks at the others: one that is gone ends the run.
 
     On the same host a process that does not exist is seen at once, on another one (or a stopped

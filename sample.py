@@ -104,13 +104,13 @@ def open_tokenizer(cfg: t.Config, root: Path) -> Tokenizer:
 def forwards(model: t.GPT, cfg: t.Config, rt: t.Runtime) -> Iterator[torch.Tensor]:
     """send(id) -> logits [V] float32 of the token after it. Keys and values of earlier tokens are
     kept, up to TTT_EVAL_SEQ_LEN of them; further back nothing is seen."""
-    past = t.Past(replace(cfg, ttt_chunk_size=1), 1, rt.device, rt.dtype)
+    kv_cache = t.KVCache(replace(cfg, ttt_chunk_size=1), 1, rt.device, rt.dtype)
     before, place = t.BOS, 0
     token = yield
     while True:
-        past.seek(torch.tensor(place, device=rt.device), slice(0, 1), min(place, past.ring))
+        kv_cache.seek(torch.tensor(place, device=rt.device), slice(0, 1), min(place, kv_cache.ring))
         ids = torch.tensor([[before, token]], device=rt.device)
-        h = model.hidden(ids, None, True, past=past)
+        h = model.hidden(ids, None, True, kv_cache=kv_cache)
         before, place = token, place + 1
         token = yield model.logits(h)[0, 0]
 

@@ -7,7 +7,7 @@ Launch    torchrun --standalone --nproc_per_node=8 train_gpt.py     1, 2, 4 or 8
 Settings  environment variables; --help lists them all; PRESET=NAME reads presets/NAME.env.
 Contents
   §0 Header            §4 Attention         §8 Quantisation           §12 N-gram
-  §1 Config            §5 Model             §9 Artifact               §13 Score rules
+  §1 Config            §5 Model             §9 Artifact               §13 Score adjustment
   §2 Runtime           §6 Optimisers        §10 Evaluation            §14 Training
   §3 Kernels           §7 Data              §11 Test-time training    §15 Main
 Symbols: B batch, T tokens, N = B T, d width, D head width, H query, K key heads, V vocabulary.
@@ -278,8 +278,7 @@ class Config:
         each makes those below it give way (a schedule of lengths to another length, for one).
         UserError for names that are unknown, values unreadable or out of range, contradictions."""
         own = {k: v for k, v in (BAKED if own is None else own).items() if k != "PRESET"}
-        preset = (extra("preset").read(environ["PRESET"], folder)
-                  if environ.get("PRESET") else {})
+        preset = extra("preset").read(environ["PRESET"], folder) if environ.get("PRESET") else {}
         cfg = Config()
         for layer in ({k: (v, f"the run's own settings: {k}") for k, v in own.items()}, preset,
                       {k: (v, f"environment: {k}") for k, v in environ.items() if is_ours(k)}):
@@ -344,8 +343,7 @@ class Config:
              "n-gram rules, SLOT and a second pass need TTT_ENABLED=1"),
             (self.allow_illegal or not self.illegal(),
              f"{'; '.join(self.illegal())}: the challenge refuses such a score. ALLOW_ILLEGAL=1 "
-             "runs it, and says so beside the score"),
-        )
+             "runs it, and says so beside the score"))
         for holds, text in rules:
             require(holds, f"contradictory settings: {text}")
         return self
@@ -379,8 +377,7 @@ class Config:
             (self.slot_enabled and self.slot_fit == "scored",
              "SLOT_FIT=scored scores the tokens that it was fitted to"),
             (self.ttt_second_pass_frac,
-             "TTT_SECOND_PASS_FRAC scores tokens after training on them"),
-        )
+             "TTT_SECOND_PASS_FRAC scores tokens after training on them"))
         return [text for holds, text in reasons if holds]
 
     @property
@@ -524,8 +521,8 @@ class Runtime:
     world: int
     device: torch.device
     log_path: Path | None = None
-    keeper: Any = None  # reliability.Keeper, where the run keeps checkpoints
-    lifeline: Any = None  # reliability.Lifeline, where there are several ranks
+    checkpointer: Any = None  # reliability.Checkpointer, where the run keeps checkpoints
+    heartbeat: Any = None  # reliability.Heartbeat, where there are several ranks
     record: dict[str, Any] = field(default_factory=dict)  # figures for the log's last line
 
     @property
@@ -621,7 +618,7 @@ def start_runtime(environ: Mapping[str, str]) -> Runtime:
     return Runtime(rank, world, device)
 
 
-class Recorder:
+class CudaGraphCache:
     """Runs functions of tensors as CUDA graphs, so that no kernel waits for the host.
 
     What a key stands for runs at once when it is first met, is recorded when it comes again and
@@ -798,8 +795,7 @@ def softcap_cross_entropy(z: Tensor, targets: Tensor, cap: "float | Tensor",
 
     z [N, V] raw logits (bfloat16, float16 or float32), or their factors: z [N, d] and w [V, d];
     then the logits are never kept. targets [N] int64 in 0..V-1 (not checked) -> losses [N] float32,
-    in nats. Gradients have their input's dtype. A learnt cap [2] is `softcap`'s.
-    """
+    in nats. Gradients have their input's dtype. A learnt cap [2] is `softcap`'s."""
     if fused(z) and (z.shape[1] if w is None else len(w)) <= MOST_LOGITS:
         return SoftcapCrossEntropy.apply(z, w, targets, cap)
     return softcap_cross_entropy_ref(z, targets, cap, w)
@@ -821,8 +817,7 @@ def leaky_mlp_ref(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 @jit
 def _leaky_mlp(a_desc, b_desc, act_desc, out_desc, N, depth, width, slope,
                BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
-               PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr):
+               PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     across = tl.cdiv(width, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM) * across, PROGRAMS, flatten=True):
         row, col = (tile // across) * BM, (tile % across) * BN
@@ -843,9 +838,9 @@ def _leaky_mlp(a_desc, b_desc, act_desc, out_desc, N, depth, width, slope,
                 act = leaky * leaky
                 near = act.to(out_desc.dtype)
                 bits = near.to(BITS, bitcast=True)
-                step = tl.where(act >= near.to(tl.float32), 1, -1)  # to the next on act's side
+                ulp = tl.where(act >= near.to(tl.float32), 1, -1)  # to the next on act's side
                 wrong = (bits & 1) != (half < 0.0).to(BITS)
-                out = tl.where(wrong, bits + step, bits).to(BITS).to(out_desc.dtype, bitcast=True)
+                out = tl.where(wrong, bits + ulp, bits).to(BITS).to(out_desc.dtype, bitcast=True)
             out_desc.store([row, at], out)
 
 
@@ -897,8 +892,7 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """MLP with squared LeakyReLU: leaky_relu(x up^T, slope)^2 down^T, 0 <= slope <= 1.
 
     x [N, d], up [h, d], down [d, h], of one dtype -> [N, d]. Sums are float32, results x's dtype.
-    Tensor descriptors (TMA) need rows of 16-byte multiples; other widths take the twin.
-    """
+    Tensor descriptors (TMA) need rows of 16-byte multiples; other widths take the twin."""
     aligned = all(t.shape[1] * t.element_size() % 16 == 0 for t in (up, down))
     if fused(x) and aligned:
         return LeakyMlp.apply(x, up, down, slope)
@@ -924,8 +918,9 @@ def mix_skip(a: Tensor, skip: Tensor, lerp: Tensor) -> Tensor:
     return torch.lerp(weight * skip, a, gate[0].sigmoid()) if gate else a + weight * skip
 
 
-def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
-                 x0: Tensor | None, mix: Tensor | None, scale: float, window: int) -> tuple:
+def residual_mix_rmsnorm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor | None,
+                             x0: Tensor | None, mix: Tensor | None, scale: float,
+                             window: int) -> tuple:
     """a, m, skip, x0 [..., d]; lerp [1 or 2, d], mix [2, d] -> (a + m, u, n, n[..., :window], x0).
 
     u is a + m with the skip (weight lerp[0], gate lerp[1]) and x0 mixed in; n = rms(u) * scale."""
@@ -938,10 +933,10 @@ def mix_norm_ref(a: Tensor, m: Tensor | None, skip: Tensor | None, lerp: Tensor 
 
 
 @jit
-def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, u_ptr, n_ptr,
-                      window_ptr, rstd_ptr, N, d, window, scale, eps, ADD: tl.constexpr,
-                      SKIP: tl.constexpr, MIX: tl.constexpr, WINDOW: tl.constexpr,
-                      ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _residual_mix_rmsnorm_forward(
+        v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, u_ptr, n_ptr, gate_input_ptr,
+        rstd_ptr, N, d, window, scale, eps, ADD: tl.constexpr, SKIP: tl.constexpr,
+        MIX: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside, wide = (rows < N)[:, None] & (cols < d)[None, :], cols < d
     at = rows.to(tl.int64)[:, None] * d + cols[None, :]
@@ -968,19 +963,19 @@ def _mix_norm_forward(v_ptr, m_ptr, skip_ptr, lerp_ptr, x0_ptr, mix_ptr, a_ptr, 
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
     tl.store(n_ptr + at, n, mask=inside)
     if WINDOW:
-        near = rows[:, None] * window + cols[None, :]
-        tl.store(window_ptr + near, n, mask=inside & (cols < window)[None, :])
+        gate_at = rows[:, None] * window + cols[None, :]
+        tl.store(gate_input_ptr + gate_at, n, mask=inside & (cols < window)[None, :])
 
 
 # With g = dn * scale and h = n / scale: du = rstd (g - h mean(h g)), and what came for u itself.
 # u = mix0 (keep a + join weight skip) + mix1 x0, where keep = sigmoid(gate) and join = 1 - keep, or
 # both 1: every parameter's gradient follows from the sums of a du, x0 du and skip du.
 @jit
-def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, dx0_in_ptr, a_ptr, n_ptr, rstd_ptr,
-                       skip_ptr, lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr,
-                       N, d, window, scale, DA: tl.constexpr, DU: tl.constexpr,
-                       DWINDOW: tl.constexpr, DX0: tl.constexpr, SKIP: tl.constexpr,
-                       MIX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _residual_mix_rmsnorm_backward(
+        da_ptr, du_ptr, dn_ptr, dgate_input_ptr, dx0_in_ptr, a_ptr, n_ptr, rstd_ptr, skip_ptr,
+        lerp_ptr, x0_ptr, mix_ptr, dv_ptr, dskip_ptr, dx0_ptr, sums_ptr, N, d, window, scale,
+        DA: tl.constexpr, DU: tl.constexpr, DWINDOW: tl.constexpr, DX0: tl.constexpr,
+        SKIP: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     wide = cols < d
     to_a = 1.0
@@ -1003,8 +998,8 @@ def _mix_norm_backward(da_ptr, du_ptr, dn_ptr, dwindow_ptr, dx0_in_ptr, a_ptr, n
         at = rows.to(tl.int64)[:, None] * d + cols[None, :]
         g = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if DWINDOW:
-            near = rows[:, None] * window + cols[None, :]
-            g += tl.load(dwindow_ptr + near, mask=inside & (cols < window)[None, :],
+            gate_at = rows[:, None] * window + cols[None, :]
+            g += tl.load(dgate_input_ptr + gate_at, mask=inside & (cols < window)[None, :],
                          other=0.0).to(tl.float32)
         g *= scale
         h = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32) / scale
@@ -1044,9 +1039,9 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-class MixNorm(torch.autograd.Function):
-    """The results that are not given; the gradients of x0 and near that come back from where they
-    were used next are added in the kernel, not in passes of their own."""
+class ResidualMixRMSNorm(torch.autograd.Function):
+    """The results that are not given; the gradients of x0 and gate_input that come back from where
+    they were used next are added in the kernel, not in passes of their own."""
 
     @staticmethod
     def forward(ctx, a, m, skip, lerp, x0, mix, scale, window):
@@ -1055,34 +1050,33 @@ class MixNorm(torch.autograd.Function):
         a, m, skip, lerp, given_x0, mix = _dense(a, m, skip, lerp, x0, mix)
         whole = None if m is None else torch.empty_like(a)
         u = None if mix is None else torch.empty_like(a)
-        n, near = torch.empty_like(a), a.new_empty(*rows, window)
+        n, gate_input = torch.empty_like(a), a.new_empty(*rows, window)
         rstd, tile = a.new_empty(rows, dtype=torch.float32), _tile(a, 4096)
         if N := rstd.numel():
-            _mix_norm_forward[triton.cdiv(N, tile["ROWS"]),](
-                a, m, skip, lerp, given_x0, mix, whole, u, n, near, rstd, N, d, window, scale, EPS,
-                ADD=int(m is not None), SKIP=0 if skip is None else len(lerp),
+            _residual_mix_rmsnorm_forward[triton.cdiv(N, tile["ROWS"]),](
+                a, m, skip, lerp, given_x0, mix, whole, u, n, gate_input, rstd, N, d, window, scale,
+                EPS, ADD=int(m is not None), SKIP=0 if skip is None else len(lerp),
                 MIX=int(mix is not None), WINDOW=int(window > 0), **tile)
         kept = None if mix is None else a if m is None else whole
         ctx.save_for_backward(kept, n, rstd, skip, lerp, given_x0, mix)
-        ctx.scale = scale
-        return whole, u, n, near, x0
+        ctx.scale, ctx.window = scale, window
+        return whole, u, n, gate_input, x0
 
     @staticmethod
-    def backward(ctx, da, du, dn, dnear, dx0):
+    def backward(ctx, da, du, dn, dgate_input, dx0):
         a, n, rstd, skip, lerp, x0, mix = ctx.saved_tensors
         dn = torch.zeros_like(n) if dn is None else dn
-        da, du, dn, dnear, dx0 = _dense(da, du, dn, dnear, dx0)
+        da, du, dn, dgate_input, dx0 = _dense(da, du, dn, dgate_input, dx0)
         tile, d, N = _tile(n, 2048), n.shape[-1], rstd.numel()
         programs = _programs(n, triton.cdiv(N, tile["ROWS"]), 4)
         dv, dskip, to_x0 = (None if x is None else torch.empty_like(n) for x in (n, skip, mix))
         sums = n.new_empty(programs, 3, d, dtype=torch.float32)  # of a du, x0 du and skip du
         if N:
-            _mix_norm_backward[programs,](
-                da, du, dn, dnear, dx0, a, n, rstd, skip, lerp, x0, mix, dv, dskip, to_x0, sums,
-                N, d, 0 if dnear is None else dnear.shape[-1], ctx.scale, DA=int(da is not None),
-                DU=int(du is not None), DWINDOW=int(dnear is not None and dnear.numel() > 0),
-                DX0=int(dx0 is not None), SKIP=0 if skip is None else len(lerp),
-                MIX=int(mix is not None), **tile)
+            _residual_mix_rmsnorm_backward[programs,](
+                da, du, dn, dgate_input, dx0, a, n, rstd, skip, lerp, x0, mix, dv, dskip, to_x0,
+                sums, N, d, ctx.window, ctx.scale, DA=int(da is not None), DU=int(du is not None),
+                DWINDOW=int(dgate_input is not None and ctx.window > 0), DX0=int(dx0 is not None),
+                SKIP=0 if skip is None else len(lerp), MIX=int(mix is not None), **tile)
         dlerp = dmix = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
             of_a, of_x0, of_skip = sums.sum(0)
@@ -1096,47 +1090,47 @@ class MixNorm(torch.autograd.Function):
         return dv, dv if ctx.needs_input_grad[1] else None, dskip, dlerp, to_x0, dmix, None, None
 
 
-def mix_norm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
-             lerp: Tensor | None = None, x0: Tensor | None = None, mix: Tensor | None = None,
-             scale: float = 1.0, window: int = 0) -> tuple:
-    """mix_norm_ref in one kernel; a skip needs a mix. Of near and x0 take what it returns."""
+def residual_mix_rmsnorm(a: Tensor, m: Tensor | None = None, skip: Tensor | None = None,
+                         lerp: Tensor | None = None, x0: Tensor | None = None,
+                         mix: Tensor | None = None, scale: float = 1.0, window: int = 0) -> tuple:
+    """The twin in one kernel; a skip needs a mix. Use the gate_input and x0 that it returns."""
     if not fused(a):
-        return mix_norm_ref(a, m, skip, lerp, x0, mix, scale, window)
-    whole, u, n, near, x0 = MixNorm.apply(a, m, skip, lerp, x0, mix, scale, window)
+        return residual_mix_rmsnorm_ref(a, m, skip, lerp, x0, mix, scale, window)
+    whole, u, n, gate_input, x0 = ResidualMixRMSNorm.apply(a, m, skip, lerp, x0, mix, scale, window)
     whole = a if m is None else whole
-    return whole, whole if mix is None else u, n, near, x0
+    return whole, whole if mix is None else u, n, gate_input, x0
 
 
 # ---- FlashAttention-4 (twin: attend_ref, §4)
-# q, y [N, H, D]; k, v [N, K, D]; cu int32 [S + 1], bounds of the segments, each at most max_len.
+# q, y [N, H, D]; k, v [N, K, D]; cu_seqlens int32 [S + 1], bounds of segments of at most max_len.
 
 FA4 = "flash_attn.cute.interface"
 
 
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple:
     """(y, lse [H, N] float32)."""
     y, lse, *_ = importlib.import_module(FA4)._flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max_len, max_seqlen_k=max_len,
-        causal=True, return_lse=True)
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
+        max_seqlen_k=max_len, causal=True, return_lse=True)
     return y, lse
 
 
-def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor,
-                 max_len: int) -> list[Tensor]:
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+                 cu_seqlens: Tensor, max_len: int) -> list[Tensor]:
     """[dq, dk, dv]."""
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     importlib.import_module(FA4)._flash_attn_bwd(
-        q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max_len,
-        max_seqlen_k=max_len, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_len, max_seqlen_k=max_len, dq=grads[0], dk=grads[1], dv=grads[2])
     return grads
 
 
 def attend_fa4(q: Tensor, k: Tensor, v: Tensor, segments: "Segments") -> Tensor:
-    """A backend of §4, for bfloat16 on sm90 and later; `heads` fuses around it where it can."""
-    cu, most = segments.cu, segments.max_len
+    """A backend of §4, for bfloat16 on sm90 and later; `attention_core` fuses around it."""
+    cu_seqlens, most = segments.cu_seqlens, segments.max_len
     return importlib.import_module(FA4).flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=most, max_seqlen_k=most,
-        causal=True)[0]
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=most,
+        max_seqlen_k=most, causal=True)[0]
 
 
 # ---- between the QKV product and the output product
@@ -1152,9 +1146,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
-              attend: Callable, xsa: "bool | Tensor", gate_scale: float) -> Tensor:
-    """x [B, T, H + 2K, D] queries, keys, values; near [B, T, W]; gain [H]; gate [H, W]; rope
+def attention_core_ref(x: Tensor, gate_input: Tensor, gain: Tensor, gate: Tensor | None,
+                       rope: Tensor, attend: Callable, xsa: "bool | Tensor",
+                       gate_scale: float) -> Tensor:
+    """x [B, T, H + 2K, D] queries, keys, values; gate_input [B, T, W]; gain [H]; gate [H, W]; rope
     [2, T, R/2] float32 -> [B, T, H D]: norm, RoPE and gain on q and k, attention, XSA (of xsa
     [H] how much a head), sparse gate."""
     H, K = len(gain), (x.shape[2] - len(gain)) // 2
@@ -1167,7 +1162,7 @@ def heads_ref(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: 
         along = along if xsa is True else along * xsa.to(y.dtype).view(K, -1, 1)
         y = (y - along * axis).flatten(2, 3)
     if gate is not None:
-        y = y * torch.sigmoid(gate_scale * F.linear(near, gate.to(x.dtype)))[..., None]
+        y = y * torch.sigmoid(gate_scale * F.linear(gate_input, gate.to(x.dtype)))[..., None]
     return y.flatten(2)
 
 
@@ -1182,7 +1177,7 @@ def _rotation(rope_ptr, rows, T, PAIRS: tl.constexpr, D: tl.constexpr):
 
 # A tile holds all heads of ROWS tokens: q, k and v beside each other, HEADS >= H + 2K of them.
 @jit
-def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: tl.constexpr,
+def _qk_norm_rope(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: tl.constexpr,
                   K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
                   ROWS: tl.constexpr):
     G: tl.constexpr = H // K
@@ -1210,10 +1205,10 @@ def _heads_before(x_ptr, gain_ptr, rope_ptr, q_ptr, k_ptr, v_ptr, N, T, eps, H: 
 
 # With n = x rstd, t the gradient turned back: dgain = sum n t, dx = gain rstd (t - n mean(n t)).
 @jit
-def _heads_before_back(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_ptr, dx_ptr,
-                       dgain_ptr, N, T, eps, XSA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-                       D: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
-                       ROWS: tl.constexpr):
+def _qk_norm_rope_backward(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_ptr, dx_ptr,
+                           dgain_ptr, N, T, eps, XSA: tl.constexpr, H: tl.constexpr,
+                           K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+                           HEADS: tl.constexpr, ROWS: tl.constexpr):
     G: tl.constexpr = H // K
     heads = tl.arange(0, HEADS)
     head, col = heads[None, :, None], tl.arange(0, D)[None, None, :]
@@ -1251,18 +1246,18 @@ def _heads_before_back(dq_ptr, dk_ptr, dv_ptr, dvx_ptr, x_ptr, gain_ptr, rope_pt
 
 
 @jit
-def _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H: tl.constexpr, WINDOW: tl.constexpr):
-    """(sigmoid [ROWS, H], near [ROWS, 1, WINDOW], gate [1, H, WINDOW])."""
+def _attn_gate(input_ptr, gate_ptr, rows, N, window, scale, H: tl.constexpr, WINDOW: tl.constexpr):
+    """(sigmoid [ROWS, H], gate_input [ROWS, 1, WINDOW], gate [1, H, WINDOW])."""
     w, heads = tl.arange(0, WINDOW), tl.arange(0, H)
-    near = tl.load(near_ptr + rows[:, None] * window + w[None, :], other=0.0,
-                   mask=(rows < N)[:, None] & (w < window)[None, :]).to(tl.float32)[:, None, :]
+    gate_input = tl.load(input_ptr + rows[:, None] * window + w[None, :], other=0.0, mask=(
+        rows < N)[:, None] & (w < window)[None, :]).to(tl.float32)[:, None, :]
     gate = tl.load(gate_ptr + heads[:, None] * window + w[None, :], other=0.0,
                    mask=(w < window)[None, :] & (heads >= 0)[:, None]).to(tl.float32)[None, :, :]
-    return tl.sigmoid(scale * tl.sum(near * gate, 2)), near, gate
+    return tl.sigmoid(scale * tl.sum(gate_input * gate, 2)), gate_input, gate
 
 
 @jit
-def _heads_axis(x_ptr, row, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+def _value_axis(x_ptr, row, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
     """(the values' directions [ROWS, H, D], 1 / their lengths [ROWS, H, 1])."""
     head, col = tl.arange(0, H)[None, :, None], tl.arange(0, D)[None, None, :]
     at = row * ((H + 2 * K) * D) + (H + K + head // (H // K)) * D + col
@@ -1272,29 +1267,29 @@ def _heads_axis(x_ptr, row, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr
 
 
 @jit
-def _heads_after(y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, out_ptr, N, window, scale,
-                 XSA: tl.constexpr, GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-                 D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+def _xsa_gate(y_ptr, x_ptr, gate_input_ptr, gate_ptr, alpha_ptr, out_ptr, N, window, scale,
+              XSA: tl.constexpr, GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+              D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, head = rows.to(tl.int64)[:, None, None], tl.arange(0, H)[None, :, None]
     col = tl.arange(0, D)[None, None, :]
     at, inside = row * (H * D) + head * D + col, (row < N) & (col < D) & (head < H)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if XSA:
-        axis, _ = _heads_axis(x_ptr, row, N, H, K, D)
+        axis, _ = _value_axis(x_ptr, row, N, H, K, D)
         y -= tl.load(alpha_ptr + head) * tl.sum(y * axis, 2)[:, :, None] * axis
     if GATE:
-        y *= _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)[0][:, :, None]
+        y *= _attn_gate(gate_input_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)[0][:, :, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # z = y - alpha (y.axis) axis, out = z s: with dz = dout s, dy = dz - alpha (dz.axis) axis, dalpha =
 # -(y.axis) (dz.axis), dv = alpha (2 (y.axis) (dz.axis) axis - (y.axis) dz - (dz.axis) y) / |v|.
 @jit
-def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, dy_ptr, dvx_ptr,
-                      dnear_ptr, dgate_ptr, dalpha_ptr, N, window, scale, XSA: tl.constexpr,
-                      GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                      WINDOW: tl.constexpr, ROWS: tl.constexpr):
+def _xsa_gate_backward(dout_ptr, y_ptr, x_ptr, gate_input_ptr, gate_ptr, alpha_ptr, dy_ptr, dvx_ptr,
+                       dgate_input_ptr, dgate_ptr, dalpha_ptr, N, window, scale, XSA: tl.constexpr,
+                       GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                       WINDOW: tl.constexpr, ROWS: tl.constexpr):
     head, col = tl.arange(0, H)[None, :, None], tl.arange(0, D)[None, None, :]
     heads, w = tl.arange(0, H), tl.arange(0, WINDOW)
     alpha, of_alpha = tl.load(alpha_ptr + head), tl.zeros((H,), dtype=tl.float32)
@@ -1307,17 +1302,18 @@ def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, dy_
         dz = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if XSA:
-            axis, inverse = _heads_axis(x_ptr, row, N, H, K, D)
+            axis, inverse = _value_axis(x_ptr, row, N, H, K, D)
             along = tl.sum(y * axis, 2)[:, :, None]
         if GATE:
-            s, near, gate = _heads_gate(near_ptr, gate_ptr, rows, N, window, scale, H, WINDOW)
+            s, gate_input, gate = _attn_gate(gate_input_ptr, gate_ptr, rows, N, window, scale, H,
+                                             WINDOW)
             z = y
             if XSA:
                 z = y - alpha * along * axis
             dlogit = (tl.sum(dz * z, 2) * s * (1.0 - s) * scale)[:, :, None]
-            sums += tl.sum(dlogit * near, 0)
-            tl.store(dnear_ptr + rows[:, None] * window + w[None, :],
-                     tl.sum(dlogit * gate, 1).to(dnear_ptr.dtype.element_ty),
+            sums += tl.sum(dlogit * gate_input, 0)
+            tl.store(dgate_input_ptr + rows[:, None] * window + w[None, :],
+                     tl.sum(dlogit * gate, 1).to(dgate_input_ptr.dtype.element_ty),
                      mask=(rows < N)[:, None] & (w < window)[None, :])
             dz *= s[:, :, None]
         if XSA:
@@ -1336,65 +1332,67 @@ def _heads_after_back(dout_ptr, y_ptr, x_ptr, near_ptr, gate_ptr, alpha_ptr, dy_
         tl.store(dgate_ptr + at, sums)
 
 
-class FusedHeads(torch.autograd.Function):
-    """heads_ref around FlashAttention-4; H, K and D are powers of 2. Tiles: fastest on an H200."""
+class FusedAttentionCore(torch.autograd.Function):
+    """The twin around FlashAttention-4; H, K and D are powers of 2. Tiles: fastest on an H200."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
+    def forward(ctx, x: Tensor, gate_input: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
                 segments: "Segments", xsa: bool | Tensor, gate_scale: float) -> Tensor:
-        x, near, gain, rope = _dense(x, near, gain, rope.float())
+        x, gate_input, gain, rope = _dense(x, gate_input, gain, rope.float())
         (*rows, channels, D), (H,), (_, T, pairs) = x.shape, gain.shape, rope.shape
         N, K = math.prod(rows), (channels - H) // 2
         alpha = (xsa if isinstance(xsa, Tensor) else torch.ones_like(gain)).float()
         ctx.before = dict(H=H, K=K, D=D, PAIRS=pairs, HEADS=triton.next_power_of_2(channels))
         ctx.after = dict(XSA=int(xsa is not False), GATE=int(gate is not None), H=H, K=K,
-                         D=D, WINDOW=triton.next_power_of_2(max(1, near.shape[-1])))
-        ctx.sizes, ctx.max_len = (N, near.shape[-1], gate_scale), segments.max_len
+                         D=D, WINDOW=triton.next_power_of_2(max(1, gate_input.shape[-1])))
+        ctx.sizes, ctx.max_len = (N, gate_input.shape[-1], gate_scale), segments.max_len
         q, k, v = (x.new_empty(N, H, D) for _ in range(3))
-        _heads_before[triton.cdiv(N, 2),](x, gain, rope, q, k, v, N, T, EPS, **ctx.before, ROWS=2)
-        y, lse = fa4_forward(q, k[:, :: H // K], v[:, :: H // K], segments.cu, ctx.max_len)
+        _qk_norm_rope[triton.cdiv(N, 2),](x, gain, rope, q, k, v, N, T, EPS, **ctx.before, ROWS=2)
+        y, lse = fa4_forward(q, k[:, :: H // K], v[:, :: H // K], segments.cu_seqlens, ctx.max_len)
         out = x.new_empty(*rows, H * D)
-        _heads_after[triton.cdiv(N, 4),](y, x, near, gate, alpha, out, *ctx.sizes, **ctx.after,
-                                         ROWS=4)
-        ctx.save_for_backward(x, near, gain, gate, rope, alpha, q, k, v, y, lse, segments.cu)
+        _xsa_gate[triton.cdiv(N, 4),](y, x, gate_input, gate, alpha, out, *ctx.sizes, **ctx.after,
+                                      ROWS=4)
+        ctx.save_for_backward(x, gate_input, gain, gate, rope, alpha, q, k, v, y, lse,
+                              segments.cu_seqlens)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple:
-        x, near, gain, gate, rope, alpha, *attention = ctx.saved_tensors
+        x, gate_input, gain, gate, rope, alpha, *attention = ctx.saved_tensors
         y, (N, window, _), K, D = attention[3], ctx.sizes, ctx.before["K"], ctx.before["D"]
-        programs, H = _programs(x, triton.cdiv(N, 2), 16), len(gain)
-        dy, dnear, dvx = torch.empty_like(y), torch.empty_like(near), x.new_empty(N, K, D)
+        programs, H, dvx = _programs(x, triton.cdiv(N, 2), 16), len(gain), x.new_empty(N, K, D)
+        dy, dgate_input = torch.empty_like(y), torch.empty_like(gate_input)
         dgate, dalpha = (rope.new_empty(programs, H, n) for n in (ctx.after["WINDOW"], 1))
-        _heads_after_back[programs,](dout.contiguous(), y, x, near, gate, alpha, dy, dvx, dnear,
-                                     dgate, dalpha, *ctx.sizes, **ctx.after, ROWS=2, num_warps=2)
-        dq, dk, dv = fa4_backward(dy, *attention, ctx.max_len)
+        _xsa_gate_backward[programs,](dout.contiguous(), y, x, gate_input, gate, alpha, dy, dvx,
+                                      dgate_input, dgate, dalpha, *ctx.sizes, **ctx.after, ROWS=2,
+                                      num_warps=2)
+        dqkv = fa4_backward(dy, *attention, ctx.max_len)
         dx, programs = torch.empty_like(x), _programs(x, triton.cdiv(N, 4), 4)
         dgain = rope.new_empty(programs, ctx.before["HEADS"])
-        _heads_before_back[programs,](dq, dk, dv, dvx, x, gain, rope, dx, dgain, N, rope.shape[1],
-                                      EPS, XSA=ctx.after["XSA"], **ctx.before, ROWS=4)
+        _qk_norm_rope_backward[programs,](*dqkv, dvx, x, gain, rope, dx, dgain, N, rope.shape[1],
+                                          EPS, XSA=ctx.after["XSA"], **ctx.before, ROWS=4)
         dgain = dgain.sum(0)[:H].to(gain.dtype)
         dgate = None if gate is None else dgate.sum(0)[:, :window].to(gate.dtype)
         dalpha = dalpha.sum(0)[:, 0] if ctx.needs_input_grad[6] else None
-        return dx, None if gate is None else dnear, dgain, dgate, None, None, dalpha, None
+        return dx, None if gate is None else dgate_input, dgain, dgate, None, None, dalpha, None
 
 
-def heads_fit(H: int, K: int, D: int) -> bool:
+def attention_core_fits(H: int, K: int, D: int) -> bool:
     """Whether the kernels take so many heads of this width: powers of 2."""
     return all(n & (n - 1) == 0 for n in (H, K, D))
 
 
-def heads(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
-          attend: Callable, segments: "Segments", xsa: "bool | Tensor",
-          gate_scale: float) -> Tensor:
-    """heads_ref over segments; fused around FlashAttention-4 where the shapes are its kernels'."""
+def attention_core(x: Tensor, gate_input: Tensor, gain: Tensor, gate: Tensor | None, rope: Tensor,
+                   attend: Callable, segments: "Segments", xsa: "bool | Tensor",
+                   gate_scale: float) -> Tensor:
+    """The twin over segments; fused around FlashAttention-4 where the shapes are its kernels'."""
     H, K = len(gain), (x.shape[2] - len(gain)) // 2
-    if attend is attend_fa4 and fused(x) and heads_fit(H, K, x.shape[3]):
-        return FusedHeads.apply(x, near, gain, gate, rope, segments, xsa, gate_scale)
+    if attend is attend_fa4 and fused(x) and attention_core_fits(H, K, x.shape[3]):
+        return FusedAttentionCore.apply(x, gate_input, gain, gate, rope, segments, xsa, gate_scale)
 
     def packed(q, k, v):
         return attend(*(t.flatten(0, 1) for t in (q, k, v)), segments).view_as(q)
-    return heads_ref(x, near, gain, gate, rope, packed, xsa, gate_scale)
+    return attention_core_ref(x, gate_input, gain, gate, rope, packed, xsa, gate_scale)
 
 
 # ==================================================================================================
@@ -1404,8 +1402,8 @@ def heads(x: Tensor, near: Tensor, gain: Tensor, gate: Tensor | None, rope: Tens
 # q [N, H, D]; k, v [N, K, D], head h reads group h // (H // K); -> y [N, H, D].
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """cu int32 [S + 1]: bounds from 0 to N, may end in several N; max_len bounds every length."""
-    cu: Tensor
+    """cu_seqlens int32 [S + 1]: 0 to N, may end in several N; max_len bounds every length."""
+    cu_seqlens: Tensor
     max_len: int
 
     @classmethod
@@ -1415,12 +1413,12 @@ class Segments:
     @functools.cached_property
     def runs(self) -> list[tuple[int, int]]:
         """(count, length) for each run of neighbours of equal length; read from the device once."""
-        lengths = itertools.groupby(n for n in self.cu.diff().tolist() if n)
+        lengths = itertools.groupby(n for n in self.cu_seqlens.diff().tolist() if n)
         return [(len(list(run)), length) for length, run in lengths]
 
 
-class Past:
-    """Keys and values of earlier chunks of B documents read in step, C tokens at once: kv [pass,
+class KVCache:
+    """Keys and values of earlier chunks of B documents read in step, C tokens at once: kv [call,
     2, B, K, ring, D], the last TTT_EVAL_SEQ_LEN // C - 1 chunks as they ran, without gradient. Keys
     are rotated by their position in the document; products see differences only, so the context
     slides, in any order. After `seek` one forward runs the next chunk and stores what it adds."""
@@ -1428,25 +1426,25 @@ class Past:
     def __init__(self, cfg: Config, B: int, device: torch.device, dtype: torch.dtype):
         self.cfg, self.C = cfg, cfg.ttt_chunk_size
         self.ring = (cfg.ttt_eval_seq_len // self.C - 1) * self.C
-        shape = num_passes(cfg), 2, B, cfg.num_kv_heads, self.ring, cfg.head_dim
+        shape = num_block_calls(cfg), 2, B, cfg.num_kv_heads, self.ring, cfg.head_dim
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
 
-    def seek(self, chunk: Tensor, rows: slice, reach: int) -> None:
-        """Chunk number `chunk` (on the device) of documents `rows` is next; `reach`, at most the
-        ring, is at least the tokens that are stored. Shapes depend on rows and reach alone."""
+    def seek(self, chunk: Tensor, docs: slice, kv_len: int) -> None:
+        """Chunk number `chunk` (on the device) of documents `docs` is next; `kv_len`, at most the
+        ring, is at least the tokens that are stored. Shapes depend on docs and kv_len alone."""
         new = torch.arange(self.C, device=chunk.device)
-        at = chunk * self.C + new
-        self.rows, self.reach, self.place = rows, reach, at % max(self.ring, 1)
-        self.rope = rotation(at, self.cfg)
-        stored = torch.arange(reach, device=chunk.device) < chunk * self.C
+        positions = chunk * self.C + new
+        self.docs, self.kv_len, self.place = docs, kv_len, positions % max(self.ring, 1)
+        self.rope = rotation(positions, self.cfg)
+        stored = torch.arange(kv_len, device=chunk.device) < chunk * self.C
         seen = torch.cat((stored.expand(self.C, -1), new[:, None] >= new), dim=1)
         self.mask = seen.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
 
     def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [b, C, H, D], k and v [b, C, K, D] -> y [b, C, H, D]; then k and v are stored."""
         groups, new = k.shape[2], torch.stack((k, v)).transpose(2, 3)  # [2, b, K, C, D]
-        kv = self.kv[slot, :, self.rows]
-        k, v = torch.cat((kv[..., : self.reach, :], new), dim=3)
+        kv = self.kv[slot, :, self.docs]
+        k, v = torch.cat((kv[..., : self.kv_len, :], new), dim=3)
         if self.ring:
             kv.index_copy_(3, self.place, new.detach())
         q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [b, K, H/K C, D]
@@ -1459,7 +1457,7 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     N, H, D = q.shape
     k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))  # [N, H, D]
     token = torch.arange(N, device=q.device)
-    segment = torch.searchsorted(segments.cu, token, right=True)
+    segment = torch.searchsorted(segments.cu_seqlens, token, right=True)
     seen = (segment[:, None] == segment) & (token[:, None] >= token)  # [N, N]
     scores = torch.einsum("nhd,mhd->hnm", q, k) / math.sqrt(D)
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
@@ -1474,23 +1472,24 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return y.transpose(1, 2).flatten(0, 1)
 
-    N, cu, S, L = q.shape[0], segments.cu, segments.cu.numel() - 1, segments.max_len
+    cu_seqlens, L = segments.cu_seqlens, segments.max_len
+    N, S = q.shape[0], cu_seqlens.numel() - 1
     if S * L == N:  # then every segment is max_len long: a [B, T] batch
         return dense(q, k, v, S, L)
     if not torch.compiler.is_compiling():
         parts = [x.split([count * n for count, n in segments.runs]) for x in (q, k, v)]
         return torch.cat([dense(*x, *run) for *x, run in zip(*parts, segments.runs, strict=True)])
     token = torch.arange(N, device=q.device)
-    segment = torch.searchsorted(cu, token, right=True) - 1
-    read = (cu[:-1, None] + torch.arange(L, device=q.device)).clamp(max=N - 1).flatten()
-    return dense(q[read], k[read], v[read], S, L)[segment * L + token - cu[segment]]
+    segment = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    read = (cu_seqlens[:-1, None] + torch.arange(L, device=q.device)).clamp(max=N - 1).flatten()
+    return dense(q[read], k[read], v[read], S, L)[segment * L + token - cu_seqlens[segment]]
 
 
 def attend_packed(function: Callable) -> Callable:
     """A backend from PyTorch's varlen_attn, whose options change by release."""
     options = dict(is_causal=True, window_size=(-1, 0), enable_gqa=True)
     options = {n: options[n] for n in inspect.signature(function).parameters if n in options}
-    return lambda q, k, v, s: function(q, k, v, s.cu, s.cu, s.max_len, s.max_len, **options)
+    return lambda q, k, v, s: function(q, k, v, *[s.cu_seqlens] * 2, *[s.max_len] * 2, **options)
 
 
 class Attention(NamedTuple):
@@ -1501,10 +1500,9 @@ class Attention(NamedTuple):
 
 
 # Fastest first: name: (least compute capability, module, backend if known, how to get it)
-ATTENTION = {
-    "fa4": (9, FA4, attend_fa4, "pip install flash-attn-4==4.0.0b36"),
-    "varlen": (8, "torch.nn.attention.varlen", None, "pip install 'torch>=2.10'"),
-    "sdpa": (0, "torch", attend_sdpa, ""), "ref": (0, "torch", attend_ref, "")}
+ATTENTION = {"fa4": (9, FA4, attend_fa4, "pip install flash-attn-4==4.0.0b36"),
+             "varlen": (8, "torch.nn.attention.varlen", None, "pip install 'torch>=2.10'"),
+             "sdpa": (0, "torch", attend_sdpa, ""), "ref": (0, "torch", attend_ref, "")}
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> Attention:
@@ -1537,7 +1535,7 @@ def agree_on(attention: Attention, rt: Runtime) -> Attention:
 # ==================================================================================================
 # §5 Model
 # ==================================================================================================
-class Pass(NamedTuple):
+class BlockCall(NamedTuple):
     """One run of one block: what the forward needs to know about it, fixed before anything runs."""
 
     layer: int
@@ -1547,8 +1545,8 @@ class Pass(NamedTuple):
     lanes: bool  # attention and MLP side by side on two lanes
 
 
-def layer_plan(cfg: Config, looped: bool) -> tuple[Pass, ...]:
-    """The order of passes: first half encoder, second half decoder, skips last in first out."""
+def layer_plan(cfg: Config, looped: bool) -> tuple[BlockCall, ...]:
+    """Block calls in order: first half encoder, second half decoder, skips last in first out."""
     n, first, last = cfg.num_layers, cfg.loop_start, cfg.loop_end
     order = list(range(n))
     if looped and cfg.num_loops:
@@ -1559,18 +1557,18 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Pass, ...]:
     for slot, layer in enumerate(order):
         j = slot - encoder
         lanes = j >= 0 and 0 < cfg.parallel_start_layer <= layer
-        plan.append(Pass(layer, slot, j < 0, j if 0 <= j < skips else None, lanes))
+        plan.append(BlockCall(layer, slot, j < 0, j if 0 <= j < skips else None, lanes))
     return tuple(plan)
 
 
-def num_passes(cfg: Config) -> int:
-    """Passes of the looped order: 17 for the record's settings."""
+def num_block_calls(cfg: Config) -> int:
+    """Block calls of the looped order: 17 for the record's settings."""
     return cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1)
 
 
 def num_skips(cfg: Config) -> int:
     """S, rows of skip_weights: the shorter half of the looped order."""
-    return num_passes(cfg) // 2
+    return num_block_calls(cfg) // 2
 
 
 class Matrix(NamedTuple):
@@ -1580,7 +1578,7 @@ class Matrix(NamedTuple):
     role: str
     bank: str
     index: int | None
-    source: str  # the name under which GPT.hidden shows its input to `observe`
+    source: str  # the name under which GPT.hidden shows its input to `calibration_hook`
 
 
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
@@ -1605,9 +1603,9 @@ def paired(w: Tensor, cfg: Config) -> Tensor:
     return torch.cat((turned, rest), dim=-2).flatten(-3, -2)
 
 
-def pick(h: Tensor, at: Tensor) -> Tensor:
+def gather_positions(h: Tensor, positions: Tensor) -> Tensor:
     """States [b, C, d] at the positions at [b, C] of h [b, T, d]."""
-    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+    return h.gather(1, positions[:, :, None].expand(-1, -1, h.shape[-1]))
 
 
 class AttentionParameters(nn.Module):
@@ -1637,10 +1635,10 @@ class GPT(nn.Module):
     """The model, with ONE forward for training, evaluation, calibration and test-time training.
 
     Three objects may ride along and cost nothing when absent: `lora` adds low-rank deltas per
-    document, `past` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the id
-    before them first), `observe(name, x)` sees the input x of every matrix. The state dict is
-    #1855's: banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden] of float32 matrices
-    [out, in], which are cast once a forward to `dtype`."""
+    document, `kv_cache` stands in for `segments` where ids continue documents (ids [B, 1 + T]: the
+    id before them first), `calibration_hook(name, x)` sees the input x of every matrix. The state
+    dict is #1855's: banks [2n, d, d], [2n, K*D, d], [n, hidden, d], [n, d, hidden] of float32
+    matrices [out, in], which are cast once a forward to `dtype`."""
 
     def __init__(self, cfg: Config, attend: Callable, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1675,7 +1673,7 @@ class GPT(nn.Module):
         """Inside, if wanted, the stretches between products and kernels are compiled, one graph
         each, which takes seconds; nobody else waits for the host, since steps are recorded."""
         parts = ["weights", "smear", "mix_skip", "mix_lanes"] * wanted
-        parts += ["heads"] * (wanted and self.attend is not attend_fa4)
+        parts += ["attention_core"] * (wanted and self.attend is not attend_fa4)
         for part in parts:
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         try:
@@ -1697,14 +1695,15 @@ class GPT(nn.Module):
             self.smear_gate.weight.zero_()
 
     def forward(self, ids: Tensor, targets: Tensor, segments: "Segments | None", looped: bool,
-                lora: "Lora | None" = None, at: Tensor | None = None, past: "Past | None" = None,
-                read: Callable[[Tensor], None] | None = None) -> Tensor:
+                lora: "Lora | None" = None, positions: Tensor | None = None,
+                kv_cache: "KVCache | None" = None, on_hidden: Callable | None = None) -> Tensor:
         """Cross-entropy in nats of every target: ids, targets [B, T] -> float32 [B, T]; or of those
-        at the positions `at` [B, C]: targets and result [B, C]. `read` gets the state [B, T, d]."""
-        h = self.hidden(ids, segments, looped, lora, past=past)
-        if read:
-            read(h.detach())
-        return self.losses(h if at is None else pick(h, at), targets, lora)
+        at `positions` [B, C]: targets and result [B, C]. `on_hidden` gets the state [B, T, d]."""
+        h = self.hidden(ids, segments, looped, lora, kv_cache=kv_cache)
+        if on_hidden:
+            on_hidden(h.detach())
+        h = h if positions is None else gather_positions(h, positions)
+        return self.losses(h, targets, lora)
 
     def losses(self, h: Tensor, targets: Tensor, lora: "Lora | None" = None) -> Tensor:
         """Cross-entropy [B, T] of targets [B, T] at the final states h [B, T, d]."""
@@ -1728,48 +1727,49 @@ class GPT(nn.Module):
         return softcap(self.head(h, lora), self.cap())
 
     def hidden(self, ids: Tensor, segments: "Segments | None", looped: bool,
-               lora: "Lora | None" = None, observe: Callable[[str, Tensor], None] | None = None,
-               past: "Past | None" = None) -> Tensor:
+               lora: "Lora | None" = None, calibration_hook: Callable | None = None,
+               kv_cache: "KVCache | None" = None) -> Tensor:
         """The normalised final state: ids [B, T] -> [B, T, d]; attention stays in `segments`."""
         cfg, weights = self.cfg, self.weights()
         gates = [self.skip_gates] if cfg.skip_gates_enabled else []
         skips = torch.stack([self.skip_weights, *gates], 1).unbind()  # weight, gate if there is one
-        rope = self.rope[:, : ids.shape[1]].contiguous() if past is None else past.rope
+        rope = self.rope[:, : ids.shape[1]].contiguous() if kv_cache is None else kv_cache.rope
         x = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
         if cfg.smear_gate_enabled:
             x = self.smear(x, ids)
-        a = x0 = rms(x if past is None else x[:, 1:])
+        a = x0 = rms(x if kv_cache is None else x[:, 1:])
         m, b, stack = None, None, []  # the state is a + m; b the second lane, while there is one
-        for step in self.plans[looped]:
-            block, (qkv, out, up, down) = self.blocks[step.layer], weights[step.layer]
-            scale = 1 / math.sqrt(step.layer + 1) if cfg.ln_scale else 1.0
+        for call in self.plans[looped]:
+            block, (qkv, out, up, down) = self.blocks[call.layer], weights[call.layer]
+            scale = 1 / math.sqrt(call.layer + 1) if cfg.ln_scale else 1.0
             skip, lerp = None, None
-            if m is not None and (step.lanes or step.skip == 0):  # else mix_norm adds m
+            if m is not None and (call.lanes or call.skip == 0):  # else residual_mix_rmsnorm adds m
                 a, m = a + m, None
-            if step.lanes and b is None:
+            if call.lanes and b is None:
                 b = a
-            if step.skip is not None:  # the last one pushed is the state itself
-                skip, lerp = stack.pop() if step.skip else a, skips[step.skip]
-            if step.lanes and skip is not None:
+            if call.skip is not None:  # the last one pushed is the state itself
+                skip, lerp = stack.pop() if call.skip else a, skips[call.skip]
+            if call.lanes and skip is not None:
                 a, skip, lerp = self.mix_skip(a, skip, lerp), None, None
-            a, u, n, near, x0 = mix_norm(a, m, skip, lerp, x0, block.resid_mix, scale,
-                                         cfg.gate_window)
-            if step.push and step.slot:  # what the pass before this one put out
+            a, u, n, gate_input, x0 = residual_mix_rmsnorm(
+                a, m, skip, lerp, x0, block.resid_mix, scale, cfg.gate_window)
+            if call.push and call.slot:  # what the call before this one put out
                 stack.append(a)
-            y = self.attention(step, n, near, (qkv, out), rope, past or segments, lora, observe)
+            y = self.attention(call, n, gate_input, (qkv, out), rope, kv_cache or segments, lora,
+                               calibration_hook)
             if b is None:
-                a, _, n, *_ = mix_norm(u, y, scale=scale)
-                m = self.mlp(step, n, up, down, lora, observe)
+                a, _, n, *_ = residual_mix_rmsnorm(u, y, scale=scale)
+                m = self.mlp(call, n, up, down, lora, calibration_hook)
             else:
-                n = mix_norm(b, scale=scale)[2]
-                m = self.mlp(step, n, up, down, lora, observe)
-                (a, b), m = self.mix_lanes(a, b, y, m, self.parallel_resid_lambdas[step.layer],
-                                           self.parallel_post_lambdas[step.layer]), None
+                n = residual_mix_rmsnorm(b, scale=scale)[2]
+                m = self.mlp(call, n, up, down, lora, calibration_hook)
+                (a, b), m = self.mix_lanes(a, b, y, m, self.parallel_resid_lambdas[call.layer],
+                                           self.parallel_post_lambdas[call.layer]), None
         if b is not None:
             a = {"mean": (a + b) * 0.5, "attn": a, "mlp": b}[cfg.parallel_final_lane]
-        h = mix_norm(a, m)[2]
-        if observe:
-            observe("head", h)
+        h = residual_mix_rmsnorm(a, m)[2]
+        if calibration_hook:
+            calibration_hook("head", h)
         return h
 
     def weights(self) -> list[tuple[Tensor, ...]]:
@@ -1790,7 +1790,7 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * gate * (ids[:, 1:, None] != BOS)
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
-    mix_skip, heads = staticmethod(mix_skip), staticmethod(heads)
+    mix_skip, attention_core = staticmethod(mix_skip), staticmethod(attention_core)
 
     @staticmethod
     def mix_lanes(a: Tensor, b: Tensor, y: Tensor, m: Tensor, keep: Tensor,
@@ -1800,42 +1800,42 @@ class GPT(nn.Module):
         return tuple(keep[lane] * x + post[0, lane] * y + post[1, lane] * m
                      for lane, x in enumerate((a, b)))
 
-    def attention(self, step: Pass, n: Tensor, near: Tensor, matrices: tuple, rope: Tensor,
-                  segments: "Segments | Past", lora: "Lora | None",
-                  observe: Callable | None) -> Tensor:
-        """Products around `heads`: n [B, T, d], near its first channels -> [B, T, d], scaled."""
-        cfg, block, (qkv, out) = self.cfg, self.blocks[step.layer], matrices
+    def attention(self, call: BlockCall, n: Tensor, gate_input: Tensor, matrices: tuple,
+                  rope: Tensor, segments: "Segments | KVCache", lora: "Lora | None",
+                  calibration_hook: Callable | None) -> Tensor:
+        """The products around `attention_core`: n [B, T, d], gate_input [B, T, W] -> [B, T, d]."""
+        cfg, block, (qkv, out) = self.cfg, self.blocks[call.layer], matrices
         x = F.linear(n, qkv)
         if lora is not None:
             parts = zip("qkv", x.split([cfg.model_dim, cfg.kv_dim, cfg.kv_dim], -1), strict=True)
-            x = torch.cat([y + lora(role, step.slot, n) for role, y in parts], dim=-1)
+            x = torch.cat([y + lora(role, call.slot, n) for role, y in parts], dim=-1)
         x = x.unflatten(-1, (-1, cfg.head_dim))
         gate = block.attn.attn_gate_w if cfg.sparse_attn_gate_enabled else None
-        xsa = step.layer >= cfg.num_layers - cfg.xsa_last_n
+        xsa = call.layer >= cfg.num_layers - cfg.xsa_last_n
         if xsa and cfg.gated_xsa:  # idea: #2018
             xsa = torch.tanh(block.attn.xsa_alpha)
+        inputs = x, gate_input, block.attn.q_gain, gate, rope
         rest = xsa, cfg.sparse_attn_gate_scale
-        if isinstance(segments, Past):
-            attend = functools.partial(segments.attend, step.slot)
-            y = heads_ref(x, near, block.attn.q_gain, gate, rope, attend, *rest)
+        if isinstance(segments, KVCache):
+            y = attention_core_ref(*inputs, functools.partial(segments.attend, call.slot), *rest)
         else:
-            y = self.heads(x, near, block.attn.q_gain, gate, rope, self.attend, segments, *rest)
-        if observe:
-            observe(f"attn.{step.layer}", n)
-            observe(f"attn_out.{step.layer}", y)
+            y = self.attention_core(*inputs, self.attend, segments, *rest)
+        if calibration_hook:
+            calibration_hook(f"attn.{call.layer}", n)
+            calibration_hook(f"attn_out.{call.layer}", y)
         y = F.linear(y, out)
-        return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", step.slot, n)
+        return y if lora is None else y + block.attn_scale.to(y.dtype) * lora("o", call.slot, n)
 
-    def mlp(self, step: Pass, n: Tensor, up: Tensor, down: Tensor,
-            lora: "Lora | None", observe: Callable | None) -> Tensor:
+    def mlp(self, call: BlockCall, n: Tensor, up: Tensor, down: Tensor,
+            lora: "Lora | None", calibration_hook: Callable | None) -> Tensor:
         """Squared LeakyReLU between up and down: n [B, T, d] -> [B, T, d], scaled."""
-        if observe:
-            observe(f"mlp.{step.layer}", n)
+        if calibration_hook:
+            calibration_hook(f"mlp.{call.layer}", n)
             hidden = F.leaky_relu(F.linear(n, up), self.cfg.leaky_relu_slope).square()
-            observe(f"mlp_hidden.{step.layer}", hidden)
+            calibration_hook(f"mlp_hidden.{call.layer}", hidden)
         y = leaky_mlp(n.flatten(0, 1), up, down, self.cfg.leaky_relu_slope).view_as(n)
         if lora is not None:
-            y = y + self.blocks[step.layer].mlp_scale.to(y.dtype) * lora("mlp", step.slot, n)
+            y = y + self.blocks[call.layer].mlp_scale.to(y.dtype) * lora("mlp", call.slot, n)
         return y
 
 
@@ -1846,7 +1846,8 @@ def log_slow_paths(cfg: Config, attention: Attention, rt: Runtime) -> None:
             (attention.name != "fa4", f"{attention.name} instead of FlashAttention-4, on 4 H200s "
              f"3.7 instead of 4.8 M tokens/s; {ATTENTION['fa4'][3]}"),
             (not fused(torch.empty(0, device=rt.device)), "no kernels without Triton and sm80"),
-            (not heads_fit(*shape), f"heads, key heads and width {shape} are not powers of 2"),
+            (not attention_core_fits(*shape),
+             f"heads, key heads and width {shape} are not powers of 2"),
             (cfg.model_dim * size % 16 or cfg.hidden_dim * size % 16, "MLP: no rows of 16 k bytes"),
             (cfg.vocab_size > MOST_LOGITS, f"float32 logits: VOCAB_SIZE is over {MOST_LOGITS}"),
             (not cfg.fused_ce_enabled, "float32 logits: FUSED_CE_ENABLED=0"),
@@ -1855,12 +1856,12 @@ def log_slow_paths(cfg: Config, attention: Attention, rt: Runtime) -> None:
             rt.log(f"slow path: {text}")
 
 
-def rotation(at: Tensor, cfg: Config) -> Tensor:
+def rotation(positions: Tensor, cfg: Config) -> Tensor:
     """cos and sin of position * base^(-2j/R) for the R/2 pairs that turn: at [T] -> float32
     [2, T, R/2], rounded from float64, in whose last bits alone processors differ."""
     R = cfg.rope_dims or cfg.head_dim
-    pair = torch.arange(0, R, 2, dtype=torch.float64, device=at.device)
-    angle = at[:, None] * cfg.rope_base ** (-pair / R)
+    pair = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device)
+    angle = positions[:, None] * cfg.rope_base ** (-pair / R)
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
@@ -1901,10 +1902,10 @@ class Lora(nn.Module):
         on = {"q": cfg.ttt_q_lora and cfg.ttt_mask not in ("no_q", "no_qv"), "k": cfg.ttt_k_lora,
               "v": cfg.ttt_v_lora and cfg.ttt_mask not in ("no_v", "no_qv"), "o": cfg.ttt_o_lora,
               "mlp": cfg.ttt_mlp_lora}
-        self.scale, self.init, self.rows = cfg.ttt_lora_alpha / r, init, slice(None)
+        self.scale, self.init, self.docs = cfg.ttt_lora_alpha / r, init, slice(None)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for role in (role for role in out if on.get(role, True)):
-            for slot in range(1 if role == "head" else num_passes(cfg)):
+            for slot in range(1 if role == "head" else num_block_calls(cfg)):
                 self.A[f"{role}{slot}"] = torch.empty(batch, r, d, device=device)
                 self.B[f"{role}{slot}"] = torch.empty(batch, out[role], r, device=device)
         self.reset(warm=False)
@@ -1918,11 +1919,11 @@ class Lora(nn.Module):
                 self.init(self.A[key])
 
     def forward(self, role: str, slot: int, x: Tensor) -> Tensor | float:
-        """x [b, T, in] of documents `self.rows` -> delta [b, T, out], or 0 for a role left out."""
+        """x [b, T, in] of documents `self.docs` -> delta [b, T, out], or 0 for a role left out."""
         key = f"{role}{slot}"
         if key not in self.A:
             return 0.0
-        return LowRank.apply(x, self.A[key][self.rows], self.B[key][self.rows], self.scale)
+        return LowRank.apply(x, self.A[key][self.docs], self.B[key][self.docs], self.scale)
 
 
 def uniform_start(generator: torch.Generator) -> Callable[[Tensor], None]:
@@ -1972,8 +1973,7 @@ POLAR_EXPRESS = (
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
@@ -2004,9 +2004,9 @@ class Optimisers:
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime):
         self.cfg, self.rt = cfg, rt
-        self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
-        if self.recorder.record:
-            for part in ("lookahead", "descend"):
+        self.graph_cache = CudaGraphCache(cfg.compile and rt.device.type == "cuda")
+        if self.graph_cache.record:
+            for part in ("nesterov_momentum", "apply_update"):
                 setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
         params = dict(model.named_parameters())
         routes = route(list(params))
@@ -2082,7 +2082,8 @@ class Optimisers:
         torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
         return shares, small
 
-    def lookahead(self, grad: Tensor, moment: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+    def nesterov_momentum(self, grad: Tensor, moment: Tensor, clip: Tensor,
+                          momentum: Tensor) -> Tensor:
         """Adds the clipped gradient to its moment; Nesterov's update of it, with unit rows."""
         grad = grad * clip
         moment.mul_(momentum).add_(grad)
@@ -2092,7 +2093,7 @@ class Optimisers:
         return update.bfloat16()
 
     @staticmethod
-    def descend(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor) -> None:
+    def apply_update(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor) -> None:
         """Decay and step, in place."""
         p.mul_(keep).sub_(rate * update)
 
@@ -2100,9 +2101,9 @@ class Optimisers:
                   momentum: float) -> None:
         """Momentum and orthogonalisation on the own share, then the same update on every rank."""
         cfg, pending, beta = self.cfg, [], torch.full_like(clip, momentum)
-        updates = [self.lookahead(g, m, clip, beta)
+        updates = [self.nesterov_momentum(g, m, clip, beta)
                    for g, m in zip(grads, self.momenta, strict=True)]
-        updates = self.recorder(("directions",), lambda *us: [
+        updates = self.graph_cache(("directions",), lambda *us: [
             orthogonalise(u, cfg.muon_backend_steps) for u in us], updates)
         for update, p in zip(updates, self.banks, strict=True):
             full, wait = update, None
@@ -2116,7 +2117,7 @@ class Optimisers:
                 wait.wait()
             scale = math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))
             keep, rate = (torch.full_like(clip, x) for x in (1 - lr * cfg.muon_wd, lr * scale))
-            self.descend(p, update[: p.shape[0]], keep, rate)
+            self.apply_update(p, update[: p.shape[0]], keep, rate)
 
 
 class Ema:
@@ -2192,8 +2193,8 @@ class TokenStream:
         return ids.astype(np.int64)
 
 
-class Row(NamedTuple):
-    """A packed row: ids, targets [1, T] and the attention segments."""
+class PackedBatch(NamedTuple):
+    """A packed row, or several side by side: ids, targets [B, T] and the attention segments."""
 
     ids: Tensor
     targets: Tensor
@@ -2209,7 +2210,7 @@ def segment_bounds(ids: np.ndarray, longest: int) -> np.ndarray:
 
 
 def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.device,
-             documents: bool = True) -> Row:
+             documents: bool = True) -> PackedBatch:
     """A row on the device; without `documents` only its length cuts it. Empty segments give rows
     one shape: room for documents of 512 tokens and their cuts, for denser ones a multiple."""
     bounds = segment_bounds(ids if documents else np.zeros_like(ids), longest)
@@ -2218,8 +2219,8 @@ def make_row(ids: np.ndarray, targets: np.ndarray, longest: int, device: torch.d
     parts = [torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, targets, bounds)]
     if device.type == "cuda":
         parts = [x.pin_memory() for x in parts]
-    ids_, targets_, cu = (x.to(device, non_blocking=True) for x in parts)
-    return Row(ids_[None], targets_[None], Segments(cu, min(longest, len(ids))))
+    ids_, targets_, cu_seqlens = (x.to(device, non_blocking=True) for x in parts)
+    return PackedBatch(ids_[None], targets_[None], Segments(cu_seqlens, min(longest, len(ids))))
 
 
 class TrainRows:
@@ -2233,12 +2234,12 @@ class TrainRows:
         for g in np.linspace(0, self.count - 1, 256).astype(int):  # the others when they are cut
             stream.checked_ids(g * self.length, (g + 1) * self.length + 1, cfg.vocab_size)
 
-    def row(self, g: int) -> Row:
+    def row(self, g: int) -> PackedBatch:
         begin = g % self.count * self.length
         ids = self.stream.checked_ids(begin, begin + self.length + 1, self.cfg.vocab_size)
         return make_row(ids[:-1], ids[1:], self.longest, self.rt.device)
 
-    def step(self, step: int) -> list[Row]:
+    def step(self, step: int) -> list[PackedBatch]:
         """This rank's rows of a step: the 8 rows of the step are shared out in order."""
         first = 8 * step + self.rt.rank * self.rt.accumulation
         return [self.row(g) for g in range(first, first + self.rt.accumulation)]
@@ -2296,9 +2297,8 @@ def check_data(cfg: Config) -> str:
     try:
         manifest = json.loads(path.read_text())
         # Other tools' manifests have other contents: what is not told cannot be checked.
-        told, split, files, totals = (
-            part if isinstance(part := manifest.get(key), dict) else {}
-            for key in ("tokenizer", "split", "files", "totals"))
+        told, split, files, totals = (part if isinstance(part := manifest.get(key), dict) else {}
+                                      for key in ("tokenizer", "split", "files", "totals"))
         ends = int(split.get("val_end_document", 0)), split.get("train_first_document", math.inf)
         overlap = bool(split.get("overlap")) or ends[0] > ends[1]
     except (ValueError, AttributeError, TypeError):
@@ -2361,10 +2361,10 @@ def calibrate(model: GPT, rows: "TrainRows", first_step: int, rt: Runtime,
     """Mean Hessian a batch, by source, over the GPTQ_CALIBRATION_BATCHES batches that training
     would have seen next, looped (#1855 keeps rank 0's share only)."""
     count, sums = batches or model.cfg.gptq_calibration_batches, {}
-    observe = functools.partial(add_hessian, sums)
+    calibration_hook = functools.partial(add_hessian, sums)
     for step in range(first_step, first_step + count):
         for row in rows.step(step):
-            model.hidden(row.ids, row.segments, looped=True, observe=observe)
+            model.hidden(row.ids, row.segments, looped=True, calibration_hook=calibration_hook)
     return {name: rt.sum_(h).div_(count) for name, h in sums.items()}
 
 
@@ -2449,9 +2449,9 @@ def gptq(W: Tensor, H: Tensor | Factor, grid: Grid, block: int = 128, damp: floa
         j = min(i + block, W.shape[1])
         E = torch.empty_like(W[:, i:j])
         for c in range(i, j):
-            own, step = kinds[kind[c]]
-            Q[:, c] = own.round(W[:, c], step)
-            E[:, c - i] = (W[:, c] - Q[:, c] * step) / U[c, c]
+            own, scale = kinds[kind[c]]
+            Q[:, c] = own.round(W[:, c], scale)
+            E[:, c - i] = (W[:, c] - Q[:, c] * scale) / U[c, c]
             W[:, c:j] -= E[:, c - i, None] * U[c, c:j]
         W[:, j:] -= E @ U[i:j, j:]
     return Q[:, order.argsort()].to(torch.int8), s
@@ -2580,8 +2580,8 @@ def gptq_trellis(W: Tensor, factor: Factor, s: Tensor, c: Tensor, states: int,
     whatever the device; equal arguments give equal symbols. block: a multiple of 4."""
     (n, width), power = W.shape, W.float().square().clamp_min(1e-20)
     rows = torch.stack([s.float(), TRELLIS_NOISE * s.float().square() / power.mean(1)])
-    step = octaves(c)
-    cols = torch.stack([step, step.square() * power.mean() / power.mean(0)])[:, factor.order]
+    scale = octaves(c)
+    cols = torch.stack([scale, scale.square() * power.mean() / power.mean(0)])[:, factor.order]
     more, ways = -n % (LANES * TRELLIS_RUN), trellis_ways(states)
     W = F.pad(W.float().masked_fill(factor.dead, 0)[:, factor.order], (0, 0, 0, more))
     rows = F.pad(rows, (0, more), value=1.0).view(2, -1, TRELLIS_RUN)
@@ -2654,8 +2654,8 @@ def encode_lqer(E: Tensor, cfg: Config) -> dict[str, Tensor]:
     return {"lqer_a": a, "lqer_sa": sa, "lqer_b": b, "lqer_sb": sb}
 
 
-def decode_lqer(piece: Mapping[str, Tensor], prefix: str = "") -> Tensor:
-    a, sa, b, sb = (piece[f"{prefix}lqer_{part}"] for part in ("a", "sa", "b", "sb"))
+def decode_lqer(tensors: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+    a, sa, b, sb = (tensors[f"{prefix}lqer_{part}"] for part in ("a", "sa", "b", "sb"))
     A, B = decode_group(a, sa), decode_group(b, sb)
     return sum(A[:, k, None] * B[k] for k in range(len(B)))  # a product's order is its library's
 
@@ -2737,8 +2737,7 @@ def trellis_unit(factor: Factor, sensitivity: Tensor) -> Tensor:
 
 def trellis_steps(W: Tensor, factor: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """s [rows] and c [cols] of the steps s 2^(c/8), s = unit [rows]: as fine in column c as its
-    error is dear, 1 / U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that int8 holds every
-    symbol."""
+    error is dear, 1 / U_cc^2 (arXiv:2210.17323, eq. 3), but so coarse that all fit int8."""
     u = factor.U.diagonal()[factor.order.argsort()].log2()
     c = (8 * (u - u.mean())).round().clamp(-127, 127).to(torch.int8)
     floor = (W.abs() / octaves(c)).amax(dim=1) / 200
@@ -2939,11 +2938,10 @@ def _lrzip(data: bytes, options: str, limit: int) -> bytes:
 # ---- ans: int8 matrices of one shape, an adaptive model, rANS (arXiv:1402.3392)
 # One walk visits the integers for both directions, so that model and inverse cannot differ. All it
 # computes is exact on any machine: integers, + - * / of float64 one by one, which IEEE 754 fixes
-# (numba neither fuses nor reorders them), and sums of whole numbers below 2^53.
-# Settings, of which the encoder takes the best: rows that the mean of all matrices counts for in a
-# column's variance; columns that 1 counts for in a row's factor (below 0, times C: rows of the
-# uniform quantiser have one energy, so what began loud ends quiet); rows that independence counts
-# for in prediction, or 0
+# (numba neither fuses nor reorders them), and sums of whole numbers below 2^53. Settings, of which
+# the encoder takes the best: rows that the mean of all matrices counts for in a column's variance;
+# columns that 1 counts for in a row's factor (below 0, times C: rows of the uniform quantiser have
+# one energy, so what began loud ends quiet); rows that independence counts for in prediction, or 0
 ANS_SETTINGS = ((64, -1.1, 0), (512, -1.1, 0), (64, 8192, 0), (256, 48, 0), (128, 16, 512),
                 (512, 256, 2048))
 ANS_HEAD, ANS_SCALES = struct.Struct("<BBbB5s"), 128  # setting, states, least, span - 1, rANS state
@@ -3049,8 +3047,7 @@ def _ans_rows(cube: np.ndarray, span: tuple, setting: tuple, trellis: np.ndarray
 
 @numba.njit(nogil=True)
 def _ans_push(codes: np.ndarray) -> tuple[int, np.ndarray]:
-    """The rANS state in front and the words of 16 bits that decode to codes: (freq - 1) << 16 |
-    start. Last in, first out."""
+    """The rANS state in front, 16-bit words of codes (freq - 1) << 16 | start; last in first out"""
     x, words, at = 1 << 24, np.empty(len(codes), np.uint16), len(codes)
     for code in codes[::-1]:
         freq, start = (np.int64(code) >> 16) + 1, np.int64(code) & 65535
@@ -3477,15 +3474,15 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
     return sorted({prefix * p // phases for p in range(1, phases + 1)} - {0})
 
 
-WINDOW_TOKENS = 131072  # of one forward: bounds the memory; documents do not touch each other
+CHUNK_BATCH_TOKENS = 131072  # of one forward: bounds the memory; documents do not touch each other
 
 
-class Window(NamedTuple):
+class ChunkBatch(NamedTuple):
     """One chunk of some documents of a batch, planned: what is read, what is scored, who trains."""
 
-    rows: slice  # which documents of the batch
-    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end, or Past's [b, 1 + C]
-    at: Tensor  # [b, C] positions of the chunk's targets in the context, or the chunk's number
+    docs: slice  # which documents of the batch
+    ids: Tensor  # [b, T] left-aligned contexts that end at the chunk's end, or KVCache's [b, 1 + C]
+    positions: Tensor  # [b, C] of the chunk's targets in the context, or the chunk's number
     targets: Tensor  # [b, C]
     sizes: Tensor  # [b, C] original bytes
     mask: Tensor  # [b, C] which targets exist
@@ -3493,23 +3490,23 @@ class Window(NamedTuple):
     updates: bool  # whether any has
     count: int  # targets scored
     place: Tensor  # [b] of the chunk's first target in the coding order
-    reach: int = 0  # tokens in Past that are looked at
+    kv_len: int = 0  # tokens in KVCache that are looked at
 
 
-def shape_step(cfg: Config, device: torch.device) -> int:
+def width_unit(cfg: Config, device: torch.device) -> int:
     """What widths are rounded up to: a GPU records every shape, and gets about five."""
     chunks = cfg.ttt_eval_seq_len // cfg.ttt_chunk_size
     return max(1, chunks // 5) * cfg.ttt_chunk_size if device.type == "cuda" else 1
 
 
-def running_rows(counts: np.ndarray, chunk: int, cfg: Config, device: torch.device) -> int:
+def running_docs(counts: np.ndarray, chunk: int, cfg: Config, device: torch.device) -> int:
     """Documents that run: those with a target in the chunk, the batch's last; on a GPU up to twice
     as many, the batch over a power of 2, for fewer shapes."""
     need = int((counts > chunk * cfg.ttt_chunk_size).sum())
-    rows = len(counts) if device.type == "cuda" else need
-    while rows // 2 >= need:
-        rows //= 2
-    return rows
+    docs = len(counts) if device.type == "cuda" else need
+    while docs // 2 >= need:
+        docs //= 2
+    return docs
 
 
 def for_batch(batch: list[Document], cfg: Config) -> Config:
@@ -3524,12 +3521,12 @@ def upload(x: np.ndarray, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.device,
-                 ring: int | None = None) -> Iterator[list[Window]]:
-    """For every chunk its windows: targets [chunk*C, (chunk+1)*C) of those documents, the batch's
-    last, that reach it. One with the chunk alone for an adapter that keeps `ring` tokens in Past,
-    else each with up to TTT_EVAL_SEQ_LEN tokens a document and about WINDOW_TOKENS in all."""
-    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, shape_step(cfg, device)
+def plan_chunk_batches(batch: list[Document], val: ValSet, cfg: Config, device: torch.device,
+                       ring: int | None = None) -> Iterator[list[ChunkBatch]]:
+    """For every chunk its chunk batches: targets [chunk*C, (chunk+1)*C) of those documents, the
+    batch's last, that reach it. One with the chunk alone for an adapter that keeps `ring` tokens in
+    KVCache, else each of up to TTT_EVAL_SEQ_LEN tokens a document and about CHUNK_BATCH_TOKENS."""
+    C, most, unit = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, width_unit(cfg, device)
     counts = np.array([doc.targets for doc in batch])
     chunks = -(-int(counts[-1]) // C)
     text = np.zeros((2, len(batch), chunks * C + 2), np.int64)  # a column of 0, then the documents
@@ -3540,47 +3537,47 @@ def plan_windows(batch: list[Document], val: ValSet, cfg: Config, device: torch.
     places = upload(np.array([doc.place for doc in batch]), device)
     left = upload(counts, device)[:, None] - torch.arange(C, device=device)  # [B, C]
     for chunk in range(chunks):
-        at, windows = chunk * C, []
-        step = max(1, WINDOW_TOKENS // min(at + C, most)) if ring is None else len(batch)
-        for row in range(len(batch) - running_rows(counts, chunk, cfg, device), len(batch), step):
-            rows = slice(row, min(row + step, len(batch)))
-            new, late, targets = slice(at + 2, at + C + 2), left[rows] - at, counts[rows] - at
-            seen, where = ids[rows, at : at + C + 1], numbers[chunk]
+        at, chunk_batches = chunk * C, []
+        size = max(1, CHUNK_BATCH_TOKENS // min(at + C, most)) if ring is None else len(batch)
+        for first in range(len(batch) - running_docs(counts, chunk, cfg, device), len(batch), size):
+            docs = slice(first, min(first + size, len(batch)))
+            new, late, targets = slice(at + 2, at + C + 2), left[docs] - at, counts[docs] - at
+            seen, where = ids[docs, at : at + C + 1], numbers[chunk]
             if ring is None:
-                end = left[rows, :1].clamp(max=at + C)
+                end = left[docs, :1].clamp(max=at + C)
                 start = (end - most).clamp(min=0)
-                width = -(-min(int(counts[rows].max()), at + C) // unit) * unit
+                width = -(-min(int(counts[docs].max()), at + C) // unit) * unit
                 read = start + torch.arange(min(width, most), device=device)
-                seen = ids[rows].gather(1, (read + 1).clamp(max=chunks * C + 1)) * (read < end)
+                seen = ids[docs].gather(1, (read + 1).clamp(max=chunks * C + 1)) * (read < end)
                 where = (at - start + torch.arange(C, device=device)) * (late > 0)
-            windows.append(Window(
-                rows, seen, where, ids[rows, new], sizes[rows, new], late > 0,
+            chunk_batches.append(ChunkBatch(
+                docs, seen, where, ids[docs, new], sizes[docs, new], late > 0,
                 (late[:, 0] > C).float(), bool((targets > C).any()), int(targets.clip(0, C).sum()),
-                places[rows] + at, min(ring or 0, -(-at // unit) * unit)))
-        yield windows
+                places[docs] + at, min(ring or 0, -(-at // unit) * unit)))
+        yield chunk_batches
 
 
 class Scored:
-    """Losses [b, C] that are in the score already. Only Adapter.score makes one, and
-    Adapter.learn takes nothing else: an update cannot come before its score."""
+    """Losses [b, C] that are in the score already. Only LoraTTT.score makes one, and
+    LoraTTT.learn takes nothing else: an update cannot come before its score."""
 
-    def __init__(self, losses: Tensor, window: Window):
-        self.losses, self.window = losses, window
+    def __init__(self, losses: Tensor, chunk_batch: ChunkBatch):
+        self.losses, self.chunk_batch = losses, chunk_batch
 
 
-class Adapter:
+class LoraTTT:
     """Adapters of one batch of documents, their optimiser, and what they do: score, train.
 
-    `rules` (§13) may put other losses into the score; what is learnt from are the model's."""
+    `adjustment` (§13) may put other losses into the score; what is learnt from are the model's."""
 
     ring = None  # tokens that are kept of earlier chunks
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
-                 rules: Any = None):
-        self.forward, self.cfg, self.rt, self.rules = forward, cfg, rt, rules
-        self.read = rules.keep if rules else None
+                 adjustment: Any = None):
+        self.forward, self.cfg, self.rt, self.adjustment = forward, cfg, rt, adjustment
+        self.on_hidden = adjustment.keep if adjustment else None
         self.lora = Lora(cfg, batch, rt.device, init)
-        self.recorder = Recorder(cfg.compile and rt.device.type == "cuda")
+        self.graph_cache = CudaGraphCache(cfg.compile and rt.device.type == "cuda")
         self.optimiser = torch.optim.AdamW(
             self.lora.parameters(), lr=cfg.ttt_lora_lr * cfg.ttt_local_lr_mult,
             betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
@@ -3594,79 +3591,80 @@ class Adapter:
             for x in moments.values():
                 x.zero_()
 
-    def losses(self, window: Window) -> Tensor:
-        """Of every target of the window [b, C], by one forward over the whole of it."""
-        segments = Segments.batch(*window.ids.shape, window.ids.device)
-        return self.forward(window.ids, window.targets, segments, True, self.lora, window.at,
-                            read=self.read)
+    def losses(self, chunk_batch: ChunkBatch) -> Tensor:
+        """Of every target of the chunk [b, C], by one forward over the whole contexts."""
+        segments = Segments.batch(*chunk_batch.ids.shape, chunk_batch.ids.device)
+        return self.forward(chunk_batch.ids, chunk_batch.targets, segments, True, self.lora,
+                            chunk_batch.positions, on_hidden=self.on_hidden)
 
-    def score(self, window: Window, meter: Meter) -> Scored:
+    def score(self, chunk_batch: ChunkBatch, meter: Meter) -> Scored:
         """Add a chunk's losses to the score; the graph is kept only where somebody will train."""
-        self.lora.rows = window.rows
-        with torch.set_grad_enabled(window.updates):
-            losses = self.losses(window)
-        used = self.rules(losses.detach(), window, self.lora) if self.rules else losses
-        meter.add(used, window.sizes, window.mask, window.place)
-        return Scored(losses, window)
+        self.lora.docs = chunk_batch.docs
+        with torch.set_grad_enabled(chunk_batch.updates):
+            losses = used = self.losses(chunk_batch)
+        if self.adjustment:
+            used = self.adjustment(losses.detach(), chunk_batch, self.lora)
+        meter.add(used, chunk_batch.sizes, chunk_batch.mask, chunk_batch.place)
+        return Scored(losses, chunk_batch)
 
     def learn(self, scored: Scored) -> None:
         """Gradient of the sum over documents of the mean loss of the chunk just scored."""
-        (scored.losses.mean(dim=1) * scored.window.trains).sum().backward()
+        (scored.losses.mean(dim=1) * scored.chunk_batch.trains).sum().backward()
 
     def step(self) -> None:
         """One AdamW step; adapters of documents that have ended only decay."""
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[Window]]:
-        """For every chunk of a batch its windows, usually one."""
-        return plan_windows(batch, val, for_batch(batch, self.cfg), self.rt.device, self.ring)
+    def plan(self, batch: list[Document], val: ValSet) -> Iterator[list[ChunkBatch]]:
+        """For every chunk of a batch its chunk batches, usually one."""
+        return plan_chunk_batches(batch, val, for_batch(batch, self.cfg), self.rt.device, self.ring)
 
-    def run(self, windows: list[Window], meter: Meter) -> None:
-        """A chunk: every window scored, then learnt from; then one step."""
-        for window in windows:
-            scored = self.score(window, meter)
-            if window.updates:
+    def run(self, chunk_batches: list[ChunkBatch], meter: Meter) -> None:
+        """A chunk: every chunk batch scored, then learnt from; then one step."""
+        for chunk_batch in chunk_batches:
+            scored = self.score(chunk_batch, meter)
+            if chunk_batch.updates:
                 self.learn(scored)
-        if any(window.updates for window in windows):
+        if any(chunk_batch.updates for chunk_batch in chunk_batches):
             self.step()
 
-    def replay(self, windows: list[Window], meter: Meter) -> None:
+    def replay(self, chunk_batches: list[ChunkBatch], meter: Meter) -> None:
         """`run`, on CUDA with COMPILE=1 as a graph; nothing is compiled."""
-        window, *more = windows
+        chunk_batch, *more = chunk_batches
         if more:
-            self.run(windows, meter)
+            self.run(chunk_batches, meter)
             return
-        tensors = {n: x for n, x in window._asdict().items() if isinstance(x, Tensor)}
-        key = (meter, window.rows.start, window.ids.shape, window.at.shape, window.updates,
-               window.reach)
-        self.recorder(key, lambda *xs: self.run(
-            [window._replace(**dict(zip(tensors, xs, strict=True)))], meter), [*tensors.values()])
+        tensors = {n: x for n, x in chunk_batch._asdict().items() if isinstance(x, Tensor)}
+        key = (meter, chunk_batch.docs.start, chunk_batch.ids.shape, chunk_batch.positions.shape,
+               chunk_batch.updates, chunk_batch.kv_len)
+        self.graph_cache(key, lambda *xs: self.run([chunk_batch._replace(
+            **dict(zip(tensors, xs, strict=True)))], meter), [*tensors.values()])
 
 
-class Streamed(Adapter):
-    """Runs every token once (TTT_STREAM): of earlier chunks it keeps keys and values, see Past. For
-    a document of n targets the plain adapter runs about n^2 / 2C tokens, this one n."""
+class StreamingLoraTTT(LoraTTT):
+    """Runs every token once (TTT_STREAM): keys and values of earlier chunks are kept, see KVCache.
+    For a document of n targets the plain adapter runs about n^2 / 2C tokens, this one n."""
 
     def __init__(self, forward: Callable, cfg: Config, rt: Runtime, batch: int, init: Callable,
-                 rules: Any = None):
-        super().__init__(forward, cfg, rt, batch, init, rules)
-        self.past = Past(cfg, batch, rt.device, rt.dtype)
-        self.ring = self.past.ring  # far into a document all of it is looked at
+                 adjustment: Any = None):
+        super().__init__(forward, cfg, rt, batch, init, adjustment)
+        self.kv_cache = KVCache(cfg, batch, rt.device, rt.dtype)
+        self.ring = self.kv_cache.ring  # far into a document all of it is looked at
 
-    def losses(self, window: Window) -> Tensor:
+    def losses(self, chunk_batch: ChunkBatch) -> Tensor:
         """Of the chunk alone, which sees the chunks before it."""
-        self.past.seek(window.at, window.rows, window.reach)
-        return self.forward(window.ids, window.targets, None, True, self.lora, None, self.past,
-                            self.read)
+        self.kv_cache.seek(chunk_batch.positions, chunk_batch.docs, chunk_batch.kv_len)
+        return self.forward(chunk_batch.ids, chunk_batch.targets, None, True, self.lora, None,
+                            self.kv_cache, self.on_hidden)
 
 
-def score_batch(adapter: Adapter, batch: list[Document], val: ValSet, meter: Meter,
+def score_batch(adapter: LoraTTT, batch: list[Document], val: ValSet, meter: Meter,
                 advance: Callable[[int], None]) -> None:
     """All chunks of a batch, each scored before its own targets are learnt from."""
-    for windows in adapter.plan(batch, val):
-        adapter.replay(windows, meter)
-        advance(sum(window.count for window in windows))
+    for chunk_batches in adapter.plan(batch, val):
+        adapter.replay(chunk_batches, meter)
+        advance(sum(chunk_batch.count for chunk_batch in chunk_batches))
 
 
 @contextlib.contextmanager
@@ -3686,31 +3684,31 @@ def planned_cost(batch: list[Document], cfg: Config) -> int:
     chunks = [-(-doc.targets // C) for doc in batch]
     if cfg.ttt_stream:  # in step: the longest document's chunks
         return max(chunks)
-    short = [min(n, most) for n in chunks]  # windows grow by a chunk up to TTT_EVAL_SEQ_LEN
+    short = [min(n, most) for n in chunks]  # contexts grow by a chunk up to TTT_EVAL_SEQ_LEN
     return sum(k * (k + 1) // 2 + (n - k) * most for k, n in zip(short, chunks, strict=True))
 
 
-def deal(batches: list[list[Document]], boundaries: list[int], cfg: Config,
-         world: int) -> list[list[list[int]]]:
+def schedule_batches(batches: list[list[Document]], boundaries: list[int], cfg: Config,
+                     world: int) -> list[list[list[int]]]:
     """Rounds of batch numbers for each rank, longest first; a global phase runs after each round.
 
     A free rank takes the next batch; a round ends where the batches completed hold the boundary's
     documents (those begun are finished first): #1855's queue, with planned costs for clocks."""
     left, rounds, done, limits = list(range(len(batches))), [], 0, list(boundaries)
     while left:
-        hands = [[] for _ in range(world)]
+        assignments = [[] for _ in range(world)]
         free = [(0, rank, 0) for rank in range(world)]  # (when, who, documents completed then)
         while left:
             now, rank, count = heapq.heappop(free)
             done += count
             if count and limits and done >= limits[0]:
                 break
-            hands[rank].append(left.pop())
-            batch = batches[hands[rank][-1]]
+            assignments[rank].append(left.pop())
+            batch = batches[assignments[rank][-1]]
             heapq.heappush(free, (now + planned_cost(batch, cfg), rank, len(batch)))
         done += sum(count for _, _, count in free)
         limits = limits[1:]
-        rounds.append(hands)
+        rounds.append(assignments)
     return rounds
 
 
@@ -3721,11 +3719,11 @@ class Schedule(NamedTuple):
 
     batches: list[list[Document]]  # numbered by rising length
     boundaries: list[int]  # see phase_boundaries
-    rounds: list[list[list[int]]]  # numbers of batches for each rank; see `deal`
+    rounds: list[list[list[int]]]  # numbers of batches for each rank; see `schedule_batches`
 
     def documents(self) -> list[Document]:
         """All documents in the coding order."""
-        return [doc for hands in self.rounds for numbers in hands for n in numbers
+        return [doc for assignments in self.rounds for numbers in assignments for n in numbers
                 for doc in self.batches[n]]
 
     def stream(self, ids: np.ndarray) -> np.ndarray:
@@ -3740,8 +3738,8 @@ def make_schedule(val: ValSet, cfg: Config, world: int) -> Schedule:
     documents, place = [Document(*d) for d in val.documents()], 0
     batches = document_batches(documents, cfg.ttt_batch_size)
     boundaries = phase_boundaries(cfg, len(documents))
-    schedule = Schedule(batches, boundaries, deal(batches, boundaries, cfg, world))
-    for batch in (batches[n] for hands in schedule.rounds for numbers in hands for n in numbers):
+    schedule = Schedule(batches, boundaries, schedule_batches(batches, boundaries, cfg, world))
+    for batch in (batches[n] for every in schedule.rounds for own in every for n in own):
         for b, doc in enumerate(batch):
             batch[b] = doc._replace(place=place)
             place += doc.targets + int(val.ids[doc.end - 1] != BOS)  # nothing follows the last one
@@ -3781,8 +3779,8 @@ def global_rows(tokens: np.ndarray, cfg: Config) -> Iterator[tuple[float, int, i
             yield lr, c * size + s * length, count
 
 
-def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
-                   rt: Runtime) -> int:
+def global_sgd_phase(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
+                     rt: Runtime) -> int:
     """One pass of SGD, or of AdamW (0.9, 0.999) without decay, on ALL base weights over documents
     that are scored already; returns steps. The ranks share out the sequences of a step; its
     gradient is that of their mean."""
@@ -3815,27 +3813,27 @@ def train_globally(model: GPT, scored: list[Document], val: ValSet, cfg: Config,
 
 
 def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
-                 init: Callable | None = None, rules: Any = None,
+                 init: Callable | None = None, adjustment: Any = None,
                  meter: Meter | None = None) -> Score:
     """The headline evaluation: documents longest first, adapters a document, global phases between,
-    which train on what all ranks have scored by then. `rules`: see §13."""
+    which train on what all ranks have scored by then. `adjustment`: see §13."""
     generator = rt.generator(cfg.seed + rt.rank)
     init = init or uniform_start(generator)
     if cfg.ttt_second_pass_frac:
         extra("variants").first_pass(model, val, cfg, rt)
     (batches, boundaries, rounds), adapter = make_schedule(val, cfg, rt.world), None
-    meter = meter or Meter(rt)
-    mine = (doc.targets for hands in rounds for number in hands[rt.rank] for doc in batches[number])
-    advance, make = ScoreProgress(sum(mine), meter, rt), Streamed if cfg.ttt_stream else Adapter
-    kept = rt.keeper and rt.keeper.scoring(model, meter, generator, advance)
+    meter, make = meter or Meter(rt), StreamingLoraTTT if cfg.ttt_stream else LoraTTT
+    mine = (doc.targets for every in rounds for number in every[rt.rank] for doc in batches[number])
+    advance = ScoreProgress(sum(mine), meter, rt)
+    kept = rt.checkpointer and rt.checkpointer.scoring(model, meter, generator, advance)
     begin = kept.at if kept else (0, 0)  # (round, batch of this rank) at which a killed run goes on
     if kept and kept.warm:
-        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, rules)
+        adapter = make(model, cfg, rt, cfg.ttt_batch_size, init, adjustment)
     if kept:
         kept.restore(adapter)
     del boundaries[: begin[0]]
-    for r, hands in list(enumerate(rounds))[begin[0]:]:
-        for k, number in enumerate(hands[rt.rank]):
+    for r, assignments in list(enumerate(rounds))[begin[0]:]:
+        for k, number in enumerate(assignments[rt.rank]):
             if (r, k) < begin:
                 continue
             if kept:
@@ -3844,15 +3842,15 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
             whole = len(batch) == cfg.ttt_batch_size
             if whole and adapter:
                 adapter.reset()
-            used = whole and adapter or make(model, cfg, rt, len(batch), init, rules)
+            used = whole and adapter or make(model, cfg, rt, len(batch), init, adjustment)
             adapter = used if whole else adapter
             with frozen(model):
                 score_batch(used, batch, val, meter, advance)
             meter.file_under(batch[-1].targets)
-        first = min(number for hand in hands for number in hand)
+        first = min(number for assignment in assignments for number in assignment)
         if first and boundaries:
             scored = [doc for batch in batches[first:] for doc in batch][: boundaries[0]]
-            steps = train_globally(model, scored, val, cfg, rt)
+            steps = global_sgd_phase(model, scored, val, cfg, rt)
             rt.log(f"ttt_phase: docs:{boundaries.pop(0)} global_steps:{steps} "
                    f"time:{advance.seconds():.1f}s")
             if adapter:
@@ -3886,9 +3884,8 @@ def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runti
 
 
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
-                   make_rules: Callable) -> None:
-    """Read the artifact back and score it: plainly, while the rules' tables are built, then with
-    phased test-time training."""
+                   make_adjustment: Callable) -> None:
+    """Read the artifact back and score it: plainly, while §13 builds its tables, then phased."""
     started = rt.seconds()
     path = folder / ARTIFACT_FILE
     require(path.is_file(), f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
@@ -3901,10 +3898,10 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
 
     blob = path.read_bytes()
     arrays, _ = decode_artifact(blob, str(path), check)
-    if rt.keeper:
-        rt.keeper.identity["artifact"] = _digest(blob)
+    if rt.checkpointer:
+        rt.checkpointer.identity["artifact"] = _digest(blob)
     val = load_val(cfg)  # only now: see legality.py
-    rules = make_rules(cfg, rt, model, val) if cfg.ttt_enabled else None
+    adjustment = make_adjustment(cfg, rt, model, val) if cfg.ttt_enabled else None
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
     model.load_state_dict(dequantise(tensors, model))
     rt.log(f"artifact: {path.name} read in {rt.seconds() - started:.1f}s")
@@ -3913,10 +3910,10 @@ def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                              None if cfg.ttt_enabled else meter)
     if cfg.ttt_enabled:
         ttt_started = rt.seconds()
-        if rules:
-            rules.wait()
-        score = score_phased(model, val, cfg, rt, rules=rules, meter=meter)
-        earlier = rt.keeper.earlier if rt.keeper else 0.0  # before the run was killed
+        if adjustment:
+            adjustment.wait()
+        score = score_phased(model, val, cfg, rt, adjustment=adjustment, meter=meter)
+        earlier = rt.checkpointer.earlier if rt.checkpointer else 0.0  # before the run was killed
         log_score(rt, "quantized_ttt_phased", score, earlier + rt.seconds() - ttt_started)
         rt.log(f"scored: tokens:{score.tokens} bytes:{score.bytes}")
         if cfg.illegal():
@@ -4018,9 +4015,9 @@ def tilt(losses: Tensor, p: Tensor, targets: Tensor, hint: Tensor, boost: float)
 
 
 # ==================================================================================================
-# §13 Score rules
+# §13 Score adjustment
 # ==================================================================================================
-class ScoreRules:
+class ScoreAdjustment:
     """What makes a chunk's score of the model's probabilities besides themselves: the n-gram tilt
     (variants.py has more). Gradients never see it. Rank 0 builds the tables, beside whatever else
     runs until `wait`, and the other ranks get them from it."""
@@ -4061,25 +4058,26 @@ class ScoreRules:
         """The final state of the forward that the next call is about."""
         self.h = h
 
-    def entries(self, window: Window) -> list[Tensor]:
+    def entries(self, chunk_batch: ChunkBatch) -> list[Tensor]:
         """What the tables say [b, C] of a chunk's targets, by their places in the coding order."""
-        at = window.place[:, None] + torch.arange(window.targets.shape[1], device=self.rt.device)
+        ahead = torch.arange(chunk_batch.targets.shape[1], device=self.rt.device)
+        at = chunk_batch.place[:, None] + ahead
         return [table[at.clamp(max=self.count - 1)] for table in self.tables]
 
     @torch.no_grad()
-    def __call__(self, losses: Tensor, window: Window, lora: Lora) -> Tensor:
+    def __call__(self, losses: Tensor, chunk_batch: ChunkBatch, lora: Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
-        h = self.h if self.cfg.ttt_stream else pick(self.h, window.at)
-        (hint,) = self.entries(window)  # its p by the arithmetic of the losses, so that p' adds up
+        h = self.h if self.cfg.ttt_stream else gather_positions(self.h, chunk_batch.positions)
+        (hint,) = self.entries(chunk_batch)  # p by the arithmetic of the losses: p' adds up
         p = torch.exp(-self.model.losses(h, hint.clamp(min=0).long(), lora))
-        return tilt(losses, p, window.targets, hint, self.cfg.token_boost)
+        return tilt(losses, p, chunk_batch.targets, hint, self.cfg.token_boost)
 
 
-def make_rules(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreRules | None:
-    """The rules that the settings ask for, if any."""
+def make_adjustment(cfg: Config, rt: Runtime, model: GPT, val: ValSet) -> ScoreAdjustment | None:
+    """The adjustment that the settings ask for, if any."""
     if cfg.slot_enabled or cfg.ngram_mixer or cfg.word_experts:
-        return extra("variants").Rules(cfg, rt, model, val)
-    return ScoreRules(cfg, rt, model, val) if cfg.ngram_tilt_enabled else None
+        return extra("variants").Adjustment(cfg, rt, model, val)
+    return ScoreAdjustment(cfg, rt, model, val) if cfg.ngram_tilt_enabled else None
 
 
 # ==================================================================================================
@@ -4133,39 +4131,40 @@ def train_shapes(cfg: Config) -> list[tuple[int, bool]]:
     return list(dict.fromkeys((stage_length(f, cfg), is_looped(f, cfg)) for f in middles))
 
 
-def row_gradients(forward: Callable, row: Row, looped: bool,
+def row_gradients(forward: Callable, row: PackedBatch, looped: bool,
                   optimisers: Optimisers) -> list[Tensor]:
     """[mean loss, gradient of every parameter of the optimisers]; the next call overwrites them."""
     longest = row.segments.max_len
 
-    def work(ids: Tensor, targets: Tensor, cu: Tensor) -> list[Tensor]:
-        loss = forward(ids, targets, Segments(cu, longest), looped).mean()
+    def work(ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+        loss = forward(ids, targets, Segments(cu_seqlens, longest), looped).mean()
         return [loss.detach(), *torch.autograd.grad(loss, optimisers.params)]
 
-    key = "row", looped, longest, row.ids.shape, row.segments.cu.shape
-    return optimisers.recorder(key, work, [row.ids, row.targets, row.segments.cu])
+    key = "row", looped, longest, row.ids.shape, row.segments.cu_seqlens.shape
+    return optimisers.graph_cache(key, work, [row.ids, row.targets, row.segments.cu_seqlens])
 
 
 MICRO_BATCH = 98304  # tokens of a forward on a GPU; on a CPU a row: in any world sums round alike
 
 
-def batched(rows: list[Row], most: int) -> list[Row]:
+def batched(rows: list[PackedBatch], most: int) -> list[PackedBatch]:
     """Rows of equal length side by side, a power of 2 of them, at most `most` tokens together."""
     length, count = rows[0].ids.shape[1], 1
     while 2 * count * length <= most and len(rows) % (2 * count) == 0:
         count *= 2
     found = []
     for group in zip(*[iter(rows)] * count, strict=True):
-        cu = torch.cat([row.segments.cu + i * length for i, row in enumerate(group)])
-        if cu.is_cuda:
-            torch._dynamo.maybe_mark_dynamic(cu, 0)  # one graph for any number of segments
+        cu_seqlens = torch.cat([r.segments.cu_seqlens + i * length for i, r in enumerate(group)])
+        if cu_seqlens.is_cuda:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of segments
         ids, targets = (torch.cat(x) for x in zip(*(row[:2] for row in group), strict=True))
-        found.append(Row(ids, targets, Segments(cu, max(r.segments.max_len for r in group))))
+        segments = Segments(cu_seqlens, max(r.segments.max_len for r in group))
+        found.append(PackedBatch(ids, targets, segments))
     return found
 
 
-def run_step(forward: Callable, rows: list[Row], looped: bool, optimisers: Optimisers, lr: float,
-             momentum: float) -> Tensor:
+def run_step(forward: Callable, rows: list[PackedBatch], looped: bool, optimisers: Optimisers,
+             lr: float, momentum: float) -> Tensor:
     """Forward and backward of this rank's rows, then one update. Returns, on the device, [mean loss
     of this rank, gradient norm over all ranks]."""
     rows = batched(rows, MICRO_BATCH if rows[0].ids.is_cuda else 0)
@@ -4190,7 +4189,7 @@ class SyntheticRows:
     def __init__(self, cfg: Config, rt: Runtime):
         self.cfg, self.rt, self.rng = cfg, rt, np.random.default_rng(cfg.seed)
 
-    def step(self, _: int, longest: int = 0) -> list[Row]:
+    def step(self, _: int, longest: int = 0) -> list[PackedBatch]:
         """One row [1/8 of a step's tokens] on the device, cut into at most `longest` tokens."""
         ids = self.rng.integers(BOS, self.cfg.vocab_size, self.cfg.train_batch_tokens // 8 + 1)
         ids[self.rng.random(len(ids)) < 1 / 1000] = BOS
@@ -4236,11 +4235,11 @@ def warm_up(model: GPT, optimisers: Optimisers, cfg: Config, rt: Runtime) -> Non
             model(row.ids, row.targets, row.segments, True)
     model.load_state_dict(state)
     optimisers.reset()
-    optimisers.recorder.sealed = cfg.warmup_steps > 1
+    optimisers.graph_cache.sealed = cfg.warmup_steps > 1
     rt.log(f"compile warm-up: {cfg.warmup_steps} steps a shape, {rt.seconds() - started:.1f}s")
 
 
-class Watch:
+class DivergenceGuard:
     """Stops a run whose loss or gradient is not finite; keeps the last average that was good."""
 
     def __init__(self, ema: Ema, model: GPT, folder: Path, rt: Runtime):
@@ -4268,15 +4267,15 @@ class Watch:
 
 def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) -> int:
     """Train until the budget or ITERATIONS is spent; leaves the EMA in the model. Returns steps."""
-    optimisers, keeper = Optimisers(model, cfg, rt), rt.keeper
+    optimisers, checkpointer = Optimisers(model, cfg, rt), rt.checkpointer
     warm_up(model, optimisers, cfg, rt)
     ema = Ema(model, cfg.ema_decay)
     clock = {"step": 0, "seconds": 0.0, "changed_at": -math.inf, "waited": 0.0,
              "longest": stage_length(0.0, cfg), "reserve": cfg.gptq_reserve_seconds}
-    clock |= keeper.restore_training(model, optimisers, ema) if keeper else {}
+    clock |= checkpointer.restore_training(model, optimisers, ema) if checkpointer else {}
     cfg = replace(cfg, gptq_reserve_seconds=clock["reserve"])
-    told, recorder = extra("calibrate", needed=False), optimisers.recorder
-    before = told and told.graphs(recorder)
+    told, cache = extra("calibrate", needed=False), optimisers.graph_cache
+    before = told and told.graphs(cache)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would hold a step up
@@ -4284,10 +4283,10 @@ def train(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime) ->
     gc.enable()
     rt.record["training"] = {"steps": clock["step"], "seconds": round(clock["seconds"], 3)}
     if told:
-        told.report(marks, changes, clock["waited"], told.graphs(recorder) - before, recorder, rt)
+        told.report(marks, changes, clock["waited"], told.graphs(cache) - before, cache, rt)
     ema.swap_in()
-    if keeper:
-        keeper.mark("trained", model, clock["step"])
+    if checkpointer:
+        checkpointer.mark("trained", model, clock["step"])
     return clock["step"]
 
 
@@ -4295,19 +4294,20 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
               optimisers: Optimisers, ema: Ema, clock: dict[str, float]) -> tuple[list, list]:
     """The steps from clock["step"] on; leaves in the clock what was spent. Returns the seconds
     before each step and the steps that begin a stage. A step's loss is checked during the next."""
-    first, rows.longest, keeper = clock["step"], clock["longest"], rt.keeper
+    first, rows.longest, checkpointer = clock["step"], clock["longest"], rt.checkpointer
     rows.step(first)  # off the disk before the clock starts
     batches, bar = prefetch(rows.step, first), progress_bar(cfg.iterations, rt, "train", "step")
-    watch = Watch(ema, model, Path(cfg.artifact_dir or "."), rt)
+    guard = DivergenceGuard(ema, model, Path(cfg.artifact_dir or "."), rt)
     looped, result, marks, changes = False, None, [], [first]
     rt.sum_(torch.zeros(1, device=rt.device))  # all ranks are here: none waits in the clock
     lag, resumed = 2 if rt.device.type == "cuda" else 1, rt.seconds()
     for step in itertools.count(first):
         seconds = rt.sync_clock(clock["seconds"] + time.perf_counter() - resumed)
         marks.append(seconds)
-        if keeper and keeper.due(seconds):
-            watch.check(result, step)
-            keeper.save_training(model, optimisers, ema, clock | {"step": step, "seconds": seconds})
+        if checkpointer and checkpointer.due(seconds):
+            guard.check(result, step)
+            now = clock | {"step": step, "seconds": seconds}
+            checkpointer.save_training(model, optimisers, ema, now)
         f, timed = progress(step, seconds, cfg), cfg.max_wallclock_seconds
         ahead = lag * float(np.median(np.diff(marks[-6:]))) if step > first else 0.0
         last = step in (cfg.iterations, cfg.force_stop_step or None) or (  # no time for another
@@ -4337,18 +4337,18 @@ def run_steps(model: GPT, rows: TrainRows, val: ValSet, cfg: Config, rt: Runtime
         result = run_step(model, batch, looped, optimisers, lr, momentum)
         ema.update()
         bar.update()
-        watch.check(before, step)
+        guard.check(before, step)
         if (step + 1) % cfg.train_log_every == 0 or step < 5:
             loss = rt.sum_(result[:1].clone()).item() / rt.world
-            watch.check(result, step + 1)
-            watch.keep(step + 1)
+            guard.check(result, step + 1)
+            guard.keep(step + 1)
             s = clock["seconds"] + rt.seconds() - resumed
             rt.log(f"{step + 1}/{cfg.iterations} train_loss: {loss:.4f} train_time: {s / 60:.1f}m "
                    f"tok/s: {(step + 1) * cfg.train_batch_tokens / s:.0f} seconds: {s:.1f} left: "
                    f"{s / max(progress(step + 1, s, cfg), (step + 1) / cfg.iterations) - s:.0f}s")
     batches.close()
     bar.close()
-    watch.check(result, step)
+    guard.check(result, step)
     clock["step"] = step
     rt.log(f"training stopped: train_time: {1000 * clock['seconds']:.0f}ms "
            f"step: {step}/{cfg.iterations}")
@@ -4422,8 +4422,8 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     step = 0
     if cfg.quantize_only:
         load_state(model, folder / MODEL_FILE, rt.log)
-    elif rt.keeper and rt.keeper.stage == "trained":
-        step = rt.keeper.restore_trained(model)
+    elif rt.checkpointer and rt.checkpointer.stage == "trained":
+        step = rt.checkpointer.restore_trained(model)
     else:
         if cfg.init_from:
             load_state(model, Path(cfg.init_from), rt.log)
@@ -4447,8 +4447,8 @@ def train_and_pack(cfg: Config, rt: Runtime, model: GPT, folder: Path) -> None:
     if rt.rank == 0:
         pack(cfg, rt, model, hessians, noise, folder)
     rt.barrier()
-    if rt.keeper:
-        rt.keeper.mark("packed", None, step)
+    if rt.checkpointer:
+        rt.checkpointer.mark("packed", None, step)
 
 
 def pack(cfg: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
@@ -4533,17 +4533,17 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     if guide := extra("guide", needed=False):
         guide.before(cfg, rt, environ)
     if rt.world > 1 and (reliability := extra("reliability", needed=False)):
-        rt.lifeline = reliability.Lifeline(rt)
-        rt.lifeline.start()
+        rt.heartbeat = reliability.Heartbeat(rt)
+        rt.heartbeat.start()
     if cfg.checkpoint_every_seconds:
-        rt.keeper = extra("reliability").Keeper(cfg, rt, folder, identity)
+        rt.checkpointer = extra("reliability").Checkpointer(cfg, rt, folder, identity)
     with extra("legality").guard() if cfg.legality_check else contextlib.nullcontext():
         model = make_model(cfg, rt, attention)
         rt.record["start_seconds"] = round(rt.seconds() - started, 3)
-        if not cfg.ttt_eval_only and not (rt.keeper and rt.keeper.stage == "packed"):
+        if not cfg.ttt_eval_only and not (rt.checkpointer and rt.checkpointer.stage == "packed"):
             train_and_pack(cfg, rt, model, folder)
         if not cfg.prequant_only and not audit:
-            score_artifact(cfg, rt, model, folder, make_rules)
+            score_artifact(cfg, rt, model, folder, make_adjustment)
     peak = torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else host_peak()
     rt.record["peak_memory_mib"] = peak >> 20
     rt.log(f"peak memory allocated: {peak >> 20} MiB")
@@ -4551,10 +4551,10 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
         guide.after(cfg, rt, folder)
     checked = cfg.legality_check and not cfg.prequant_only
     illegal = extra("legality").audit(cfg, rt, folder, audit) if checked else ""
-    if rt.keeper:
-        rt.keeper.finish()
-    if rt.lifeline:
-        rt.lifeline.close()
+    if rt.checkpointer:
+        rt.checkpointer.finish()
+    if rt.heartbeat:
+        rt.heartbeat.close()
     rt.log(json.dumps({"result": {**rt.record, "complete": True}}), console=False)
     require(not illegal, illegal)
 
@@ -4582,7 +4582,7 @@ def main(age: float = 0.0) -> int:
         text, code = f"error: {f'{error.name} {NEEDED}' if missing else error}", 2
     except KeyboardInterrupt:
         text, code = "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on", 130
-    except RuntimeError:  # perhaps of a collective: then the lifeline's message names who is gone
+    except RuntimeError:  # perhaps of a collective: then the heartbeat's message names who is gone
         if dist.is_initialized():
             time.sleep(6)
         raise

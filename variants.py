@@ -194,7 +194,7 @@ def fit_slot(model: t.GPT, lora: t.Lora, h: Tensor, targets: Tensor,
     return tuple(shift.detach() for shift in shifts)
 
 
-class Rules(t.ScoreRules):
+class Adjustment(t.ScoreAdjustment):
     """SLOT, then the tilt with word experts, or a mixer."""
 
     def __init__(self, cfg: t.Config, rt: t.Runtime, model: t.GPT, val: t.ValSet):
@@ -214,25 +214,26 @@ class Rules(t.ScoreRules):
         return (exact_mixer if self.cfg.ngram_mixer == "exact" else hashed_mixer)(ids, self.cfg),
 
     @torch.no_grad()
-    def __call__(self, losses: Tensor, window: t.Window, lora: t.Lora) -> Tensor:
+    def __call__(self, losses: Tensor, chunk_batch: t.ChunkBatch, lora: t.Lora) -> Tensor:
         """The losses [b, C] that enter the score, from the model's."""
-        cfg, at, shift = self.cfg, window.at, 0.0
-        h = self.h if cfg.ttt_stream else t.pick(self.h, at)
+        cfg, positions, shift = self.cfg, chunk_batch.positions, 0.0
+        h = self.h if cfg.ttt_stream else t.gather_positions(self.h, positions)
         if cfg.slot_enabled:
-            targets, mask = window.targets, window.mask
+            targets, mask = chunk_batch.targets, chunk_batch.mask
             if cfg.slot_fit == "context":
-                at = at[:, :1] + torch.arange(-cfg.slot_context, 0, device=h.device)
-                mask, at = (at >= 0) & mask[:, :1], at.clamp(min=0)
-                targets = window.ids.gather(1, at + 1)
-            delta, shift = fit_slot(self.model, lora, t.pick(self.h, at), targets, mask)
+                positions = positions[:, :1] + torch.arange(-cfg.slot_context, 0, device=h.device)
+                mask, positions = (positions >= 0) & mask[:, :1], positions.clamp(min=0)
+                targets = chunk_batch.ids.gather(1, positions + 1)
+            context = t.gather_positions(self.h, positions)
+            delta, shift = fit_slot(self.model, lora, context, targets, mask)
             h = h + delta.to(h.dtype)
         logp = (self.model.logits(h, lora) + shift).log_softmax(-1)
         if cfg.slot_enabled:
-            losses = -logp.gather(2, window.targets[:, :, None])[:, :, 0]
-        found = self.entries(window)
+            losses = -logp.gather(2, chunk_batch.targets[:, :, None])[:, :, 0]
+        found = self.entries(chunk_batch)
         if cfg.ngram_tilt_enabled:
-            return tilt(losses, logp, window.targets, *found, self.classes)
-        place = window.place[:, None] + torch.arange(losses.shape[1], device=h.device)
+            return tilt(losses, logp, chunk_batch.targets, *found, self.classes)
+        place = chunk_batch.place[:, None] + torch.arange(losses.shape[1], device=h.device)
         return mix(losses, logp, *found, place, cfg) if cfg.ngram_mixer else losses
 
 
@@ -250,8 +251,8 @@ def first_pass(model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) -> Non
     of the rate, before anything counts. idea: #1430; there a first pass scores, to no effect."""
     documents = [t.Document(*d) for d in val.documents()]
     for part, rate in ((1.0, 1.0), (cfg.ttt_second_pass_frac, 0.1)):
-        t.train_globally(model, documents[: math.ceil(part * len(documents))], val,
-                         replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
+        t.global_sgd_phase(model, documents[: math.ceil(part * len(documents))], val,
+                           replace(cfg, global_ttt_lr=rate * cfg.global_ttt_lr), rt)
 
 
 # ---- quantisation
@@ -264,11 +265,11 @@ def protected_columns(weights: Mapping[str, Tensor], hessians: Mapping[str, Tens
     A column's importance is the RMS of its input, from diag(H), times its mean |w|; a group's is
     the sum, and the AWQ_LITE_GROUP_TOP_K best of all matrices of fewer bits are taken."""
     size, found = cfg.awq_lite_group_size, []
-    passes = [f".{step.layer}" for step in t.layer_plan(cfg, looped=True)]
+    calls = [f".{call.layer}" for call in t.layer_plan(cfg, looped=True)]
     for m in t.matrices(cfg):
         W, H = weights[m.name], hessians[m.source]
         if t.grid_for(m.role, cfg).bits < cfg.awq_lite_bits:
-            seen = max(1, sum(m.source.endswith(layer) for layer in passes))  # inputs: x tokens
+            seen = max(1, sum(m.source.endswith(layer) for layer in calls))  # inputs: x tokens
             rms_in = (H.diagonal() / (seen * cfg.train_batch_tokens)).sqrt()
             groups = (rms_in * W.abs().mean(0))[: W.shape[1] // size * size].view(-1, size).sum(1)
             found += [(-g, m.name, i * size) for i, g in enumerate(groups.tolist())]

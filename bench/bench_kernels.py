@@ -55,13 +55,13 @@ def main() -> None:
         ("mix + norm", (a, m, None, None, x0, mix, 0.5, 12), (6, 8)),
         ("add + norm", (a, m, None, None, None, None, 0.5, 0), (4, 4)),
     ):
-        measure(name, t.mix_norm, t.mix_norm_ref, inputs, units)
+        measure(name, t.residual_mix_rmsnorm, t.residual_mix_rmsnorm_ref, inputs, units)
     row = synthetic_row(t.Config(train_batch_tokens=8 * N), t.Runtime(0, 1, torch.device("cuda")))
     rope = t.rotation(torch.arange(N, device="cuda"), t.Config())
     if t.choose_attention(rope.device, torch.bfloat16).name == "fa4":
         inputs = (tensor(1, N, 16, 64), tensor(1, N, 12), tensor(8, **f32), tensor(8, 12, **f32))
-        measure("heads with attention", lambda *x: [t.heads(*x, rope, t.attend_fa4, row.segments,
-                                                            True, 0.5)], None, inputs, (10.5, 26))
+        measure("heads with attention", lambda *x: [t.attention_core(
+            *x, rope, t.attend_fa4, row.segments, True, 0.5)], None, inputs, (10.5, 26))
     n = tensor(N, d)
     up, down = tensor(HIDDEN, d, scale=d**-0.5), tensor(d, HIDDEN, scale=HIDDEN**-0.5)
     measure("MLP", lambda *x: [t.leaky_mlp(*x)], None, (n, up, down, 0.5), (14, 30))

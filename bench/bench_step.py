@@ -51,12 +51,12 @@ def timed(rt: t.Runtime, work, repeats: int = REPEATS, behind=None) -> tuple[flo
     return statistics.median(samples), tenths[8] - tenths[0]
 
 
-def flops(cfg: t.Config, row: t.Row, looped: bool) -> float:
+def flops(cfg: t.Config, row: t.PackedBatch, looped: bool) -> float:
     """Operations of forward and backward: 6 a weight and token, and attention's causal products."""
     tokens, d = row.ids.numel(), cfg.model_dim
     passes = len(t.layer_plan(cfg, looped))
     weights = passes * 2 * d * (d + cfg.kv_dim + cfg.hidden_dim) + d * cfg.vocab_size
-    squares = row.segments.cu.diff().double().square().sum().item() / 2
+    squares = row.segments.cu_seqlens.diff().double().square().sum().item() / 2
     return 6 * weights * tokens + 3 * passes * 4 * squares * d
 
 

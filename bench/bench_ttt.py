@@ -106,7 +106,7 @@ def bench(mode: str, model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.Runtime) 
     cfg = mode_settings(cfg, mode)
     batches = t.document_batches([t.Document(*d) for d in val.documents()], cfg.ttt_batch_size)
     batches = [b for b in batches if len(b) == len(batches[0])]  # one set of adapters for all
-    make = t.Streamed if cfg.ttt_stream else t.Adapter
+    make = t.StreamingLoraTTT if cfg.ttt_stream else t.LoraTTT
     adapter = make(model, cfg, rt, len(batches[0]), t.uniform_start(rt.generator(cfg.seed)))
     start = {k: v.detach().clone() for k, v in adapter.lora.A.items()}
     marks, meter = Marks(rt), t.Meter(rt)
@@ -163,10 +163,10 @@ def compare(modes: list[str], model: t.GPT, val: t.ValSet, cfg: t.Config, rt: t.
                                    ttt_stream=mode == "streamed")
                 model.load_state_dict(weights)
                 began, busy = rt.seconds(), time.process_time()
-                rules = t.make_rules(settings.checked(), rt, model, val)
-                if rules:
-                    rules.wait()
-                score = t.score_phased(model, val, settings, rt, rules=rules)
+                adjustment = t.make_adjustment(settings.checked(), rt, model, val)
+                if adjustment:
+                    adjustment.wait()
+                score = t.score_phased(model, val, settings, rt, adjustment=adjustment)
                 print(f"| {mode} | {chunk} | {rate:g} | "
                       f"{score.bpb:.5f} | {rt.seconds() - began:.1f} | "
                       f"{time.process_time() - busy:.1f} |", flush=True)

@@ -60,8 +60,8 @@ def cosine_start(a: torch.Tensor) -> None:
 
 def compare_packed(file: dict, cfg: t.Config, model: t.GPT) -> Iterator[Comparison]:
     """Logits, loss and gradient norms on one packed row, plain and looped."""
-    ids, cu = torch.from_numpy(file["packed/ids"]), torch.from_numpy(file["packed/cu"])
-    segments = t.Segments(cu.int(), int(cu.diff().max()))
+    ids, cu_seqlens = torch.from_numpy(file["packed/ids"]), torch.from_numpy(file["packed/cu"])
+    segments = t.Segments(cu_seqlens.int(), int(cu_seqlens.diff().max()))
     for loop in (0, 1):
         x, y = ids[None, :-1], ids[None, 1:]
         logits = model.head(model.hidden(x, segments, bool(loop)))[0]

@@ -122,34 +122,34 @@ def test_the_bar_draws_on_terminals_only():
     assert run.stdout == run.stderr == b""
 
 
-def test_a_recorder_that_does_not_record_just_calls():
-    recorder = t.Recorder(False)
-    assert [recorder("key", lambda x: x + 1, [torch.tensor(n)]).item() for n in (1, 2)] == [2, 3]
-    assert not recorder.graphs
+def test_a_graph_cache_that_does_not_record_just_calls():
+    graph_cache = t.CudaGraphCache(False)
+    assert [graph_cache("key", lambda x: x + 1, [torch.tensor(n)]).item() for n in (1, 2)] == [2, 3]
+    assert not graph_cache.graphs
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
 def test_a_recorded_function_is_replayed_on_new_inputs():
-    recorder, calls = t.Recorder(True), []
+    graph_cache, calls = t.CudaGraphCache(True), []
     for n in range(4):
         x = torch.full((3,), float(n), device="cuda")
-        result = recorder("key", lambda x: calls.append(1) or x * 2, [x])
+        result = graph_cache("key", lambda x: calls.append(1) or x * 2, [x])
         assert result.tolist() == [2.0 * n] * 3
     assert len(calls) == 2  # at once, and while recording
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
-def test_a_sealed_recorder_records_nothing_more():
-    recorder, x = t.Recorder(True), torch.ones(3, device="cuda")
+def test_a_sealed_graph_cache_records_nothing_more():
+    graph_cache, x = t.CudaGraphCache(True), torch.ones(3, device="cuda")
     for _ in range(3):
-        recorder("known", lambda x: x * 2, [x])
-    recorder("met once", lambda x: x * 3, [x])
-    recorder.sealed, graphs = True, calibrate.graphs(recorder)
+        graph_cache("known", lambda x: x * 2, [x])
+    graph_cache("met once", lambda x: x * 3, [x])
+    graph_cache.sealed, graphs = True, calibrate.graphs(graph_cache)
     for key, factor in (("known", 2), ("met once", 3), ("new", 4)) * 3:
-        assert recorder(key, lambda x, n=factor: x * n, [x]).tolist() == [factor] * 3
-    assert calibrate.graphs(recorder) == graphs and recorder.loose == 6
+        assert graph_cache(key, lambda x, n=factor: x * n, [x]).tolist() == [factor] * 3
+    assert calibrate.graphs(graph_cache) == graphs and graph_cache.loose == 6
 
 
 def test_processors_are_those_that_this_process_may_use(monkeypatch, tmp_path):

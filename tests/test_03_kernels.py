@@ -282,7 +282,7 @@ def test_leaky_mlp_with_frozen_weights():
 @pytest.mark.parametrize("N, d", [(1, 8), (37, 48), (70, 512)])
 @pytest.mark.parametrize("gates", [None, 0, 1, 2])  # None: no mix; else parameters of a skip
 @pytest.mark.parametrize("add", [False, True])
-def test_mix_norm(N, d, gates, add, dtype):
+def test_residual_mix_rmsnorm(N, d, gates, add, dtype):
     a, m, skip, x0, *grads = seeded(N, *[(N, d)] * 4, *[(N, d)] * 4, (N, 5))
     lerp, mix = seeded(d, (gates or 1, d), (2, d))
     inputs = [a, *[m] * add, *[skip, lerp] * bool(gates), *[x0, mix] * (gates is not None)]
@@ -293,38 +293,39 @@ def test_mix_norm(N, d, gates, add, dtype):
             m = rest.pop(0) if add else None
             skip, lerp = (rest.pop(0), rest.pop(0)) if gates else (None, None)
             x0, mix = rest or (None, None)
-            whole, u, n, near, x0 = function(a, m, skip, lerp, x0, mix, 0.7, 5)
-            return [*[whole] * add, *[u, x0] * (gates is not None), n, near]
+            whole, u, n, gate_input, x0 = function(a, m, skip, lerp, x0, mix, 0.7, 5)
+            return [*[whole] * add, *[u, x0] * (gates is not None), n, gate_input]
         return on
 
     grads = [*grads[:1] * add, *grads[1:3] * (gates is not None), *grads[3:]]
-    assert_native(call(train_gpt.mix_norm), call(train_gpt.mix_norm_ref), inputs, grads, dtype)
+    assert_native(call(train_gpt.residual_mix_rmsnorm), call(train_gpt.residual_mix_rmsnorm_ref),
+                  inputs, grads, dtype)
 
 
 @kernels
-def test_mix_norm_without_some_gradients():
+def test_residual_mix_rmsnorm_without_some_gradients():
     """Only n is used; the tensors may be views; no rows at all."""
     a, m, x0, mix, grad = (x.to(DEVICE) for x in seeded(2, *[(20, 24)] * 3, (2, 24), (10, 24)))
     found = []
-    for f in (train_gpt.mix_norm, train_gpt.mix_norm_ref):
+    for f in (train_gpt.residual_mix_rmsnorm, train_gpt.residual_mix_rmsnorm_ref):
         leaves = [x.clone().requires_grad_() for x in (a, m, x0, mix)]
         n = f(*(x[::2] for x in leaves[:2]), None, None, leaves[2][::2], leaves[3], 0.5, 0)[2]
         found.append([n.detach(), *torch.autograd.grad(n, leaves, grad)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # only: are they the right ones?
-    assert train_gpt.mix_norm(a[:0], m[:0], x0=x0[:0], mix=mix)[2].shape == (0, 24)
+    assert train_gpt.residual_mix_rmsnorm(a[:0], m[:0], x0=x0[:0], mix=mix)[2].shape == (0, 24)
 
 
 # ---- around attention
 
-def plain_attention(q, k, v, cu, max_len):
+def plain_attention(q, k, v, cu_seqlens, max_len):
     """Stands in for FlashAttention where that cannot run; lse is not used."""
-    y = train_gpt.attend_ref(q, k, v, train_gpt.Segments(cu, max_len))
+    y = train_gpt.attend_ref(q, k, v, train_gpt.Segments(cu_seqlens, max_len))
     return y.contiguous(), q.new_zeros(1)
 
 
-def plain_attention_back(dy, q, k, v, y, lse, cu, max_len):
+def plain_attention_back(dy, q, k, v, y, lse, cu_seqlens, max_len):
     def attend(*x):
-        return plain_attention(*x, cu, max_len)[0]
+        return plain_attention(*x, cu_seqlens, max_len)[0]
 
     return [g.contiguous() for g in torch.autograd.functional.vjp(attend, (q, k, v), dy)[1]]
 
@@ -339,12 +340,12 @@ def has_fa4():
                                            (8, 4, 64, (1, 130 if ON_GPU else 21))])
 @pytest.mark.parametrize("xsa, window", [(True, 12), (True, 0), (False, 5), (False, 0),
                                          ("gated", 12), ("gated", 0)])
-def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
+def test_attention_core(monkeypatch, H, K, D, rows, xsa, window, dtype):
     if not (has_fa4() and D == 64 and dtype != torch.float32):
         monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
         monkeypatch.setattr(train_gpt, "fa4_backward", plain_attention_back)
     tokens = math.prod(rows)
-    x, near, gain, gate, grad, angle, alpha = seeded(
+    x, gate_input, gain, gate, grad, angle, alpha = seeded(
         D, (*rows, H + 2 * K, D), (*rows, window), (H,), (H, window), (*rows, H * D),
         (rows[-1], D // (8 if window else 2)), (H,))  # pairs that turn: some or all
     rope = torch.stack((angle.cos(), angle.sin())).to(DEVICE)
@@ -354,12 +355,13 @@ def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
     def call(attend):
         def on(x, gain, *rest):
             *rest, own = rest if xsa == "gated" else (*rest, xsa)
-            near, gate = rest or (x.new_zeros(*rows, 0), None)
+            gate_input, gate = rest or (x.new_zeros(*rows, 0), None)
             turn = rope.to(torch.promote_types(x.dtype, torch.float32))
-            return train_gpt.heads(x, near, gain, gate, turn, attend, segments, own, 0.7)
+            return train_gpt.attention_core(x, gate_input, gain, gate, turn, attend, segments, own,
+                                            0.7)
         return on
 
-    inputs = [x, gain, *[near, gate] * bool(window), *[alpha] * (xsa == "gated")]
+    inputs = [x, gain, *[gate_input, gate] * bool(window), *[alpha] * (xsa == "gated")]
     terms = []
 
     def attend(q, k, v, segments):
@@ -376,14 +378,14 @@ def test_heads(monkeypatch, H, K, D, rows, xsa, window, dtype):
 
 
 @kernels
-def test_heads_that_do_not_fit_take_the_twin(monkeypatch):
-    monkeypatch.setattr(train_gpt.FusedHeads, "apply", None)  # calling it would fail
+def test_head_counts_that_do_not_fit_take_the_twin(monkeypatch):
+    monkeypatch.setattr(train_gpt.FusedAttentionCore, "apply", None)  # calling it would fail
     monkeypatch.setattr(train_gpt, "attend_fa4", train_gpt.attend_ref)
     x, gain = torch.ones(1, 4, 4, 12, device=DEVICE), torch.ones(2, device=DEVICE)
     segments = train_gpt.Segments(torch.tensor([0, 4], dtype=torch.int32, device=DEVICE), 4)
     rope = torch.ones(2, 4, 6, device=DEVICE)
     attend = train_gpt.attend_fa4
-    y = train_gpt.heads(x, x[..., 0, :0], gain, None, rope, attend, segments, True, 1.0)
+    y = train_gpt.attention_core(x, x[..., 0, :0], gain, None, rope, attend, segments, True, 1.0)
     assert y.shape == (1, 4, 24)
 
 
@@ -395,8 +397,8 @@ def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
     cfg = tiny(**size, num_layers=3, xsa_last_n=2, parallel_start_layer=2, loop_end=1,
                gated_xsa=True, asym_logit_rescale=True, logit_softcap=3.0)
     row = row_of(documents([7, 12]))
-    ids, targets, cu = (x.to(DEVICE) for x in (row.ids, row.targets, row.segments.cu))
-    segments = train_gpt.Segments(cu, row.segments.max_len)
+    ids, targets = row.ids.to(DEVICE), row.targets.to(DEVICE)
+    segments = train_gpt.Segments(row.segments.cu_seqlens.to(DEVICE), row.segments.max_len)
 
     def run(kind, attend):
         model = busy_model(cfg, attend=attend).to(DEVICE)
@@ -413,7 +415,8 @@ def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
     if not has_fa4():
         monkeypatch.setattr(train_gpt, "fa4_forward", plain_attention)
         monkeypatch.setattr(train_gpt, "fa4_backward", plain_attention_back)
-    for twin in ("heads_ref", "softcap_cross_entropy_ref", "leaky_mlp_ref", "mix_norm_ref"):
+    for twin in ("attention_core_ref", "softcap_cross_entropy_ref", "leaky_mlp_ref",
+                 "residual_mix_rmsnorm_ref"):
         monkeypatch.setattr(train_gpt, twin, None)
     ours = run(dtype, train_gpt.attend_fa4)
     assert ours["softcap_pos"].any() and ours["blocks.2.attn.xsa_alpha"].any()

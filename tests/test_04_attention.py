@@ -18,7 +18,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
 BACKENDS = ["fa4", "varlen", "sdpa"]
 
-LENGTHS = {  # of the segments, and how often cu repeats N at its end
+LENGTHS = {  # of the segments, and how often cu_seqlens repeats N at its end
     "ragged": ([5, 37, 1, 64, 12, 12, 12, 130], 0),
     "padded": ([9, 33, 70], 13),
     "single tokens": ([1] * 17 + [3] + [1] * 5, 2),
@@ -30,8 +30,8 @@ LENGTHS = {  # of the segments, and how often cu repeats N at its end
 
 def make(lengths, padding=0, slack=0) -> Segments:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    cu = torch.cat([bounds, bounds[-1:].expand(padding)]).to(DEVICE, torch.int32)
-    return Segments(cu, max(lengths) + slack)
+    cu_seqlens = torch.cat([bounds, bounds[-1:].expand(padding)]).to(DEVICE, torch.int32)
+    return Segments(cu_seqlens, max(lengths) + slack)
 
 
 def tensors(N, H, K, D, dtype, seed=0) -> list[torch.Tensor]:
@@ -50,7 +50,7 @@ def outcome(attend, q, k, v, dy, segments) -> list[torch.Tensor]:
 def assert_native(attend, segments, H=4, K=2, D=16, dtype=DTYPE) -> None:
     """Norm of the error <= twice the twin's, against float64, but for one float32 rounding: of the
     result or, for dq and dk, of dy . v, which flash attention subtracts from dy . y."""
-    q, k, v, dy = inputs = tensors(int(segments.cu[-1]), H, K, D, dtype)
+    q, k, v, dy = inputs = tensors(int(segments.cu_seqlens[-1]), H, K, D, dtype)
     ours, native = (outcome(f, *inputs, segments) for f in (attend, attend_ref))
     y, dq, dk, dv = truth = outcome(attend_ref, *(x.double() for x in inputs), segments)
     reach = dy.double().norm(dim=-1).max() * v.double().norm(dim=-1).max() / math.sqrt(D)
@@ -127,17 +127,18 @@ def test_one_graph_for_every_number_of_segments(name):
         seen.append(graph)
         return graph.forward
 
-    def step(q, k, v, cu, max_len):
-        return 2 * attend(q, k, v, Segments(cu, max_len))
+    def step(q, k, v, cu_seqlens, max_len):
+        return 2 * attend(q, k, v, Segments(cu_seqlens, max_len))
 
     layouts = [make([30, 50, 10, 1, 5]), make([1] * 10 + [36, 50], 3), make([49, 47], 4)]
     compiled, counted = (torch.compile(step, fullgraph=True, dynamic=True, backend=b)
                          for b in (BACKEND, count))
     for lengths in layouts:
-        segments = Segments(lengths.cu, 50)
-        assert_native(lambda q, k, v, s: compiled(q, k, v, s.cu, s.max_len) / 2, segments, D=64)
+        segments = Segments(lengths.cu_seqlens, 50)
+        assert_native(lambda q, k, v, s: compiled(q, k, v, s.cu_seqlens, s.max_len) / 2, segments,
+                      D=64)
         q, k, v, _ = tensors(96, 4, 2, 64, DTYPE)
-        counted(q, k, v, segments.cu, 50)
+        counted(q, k, v, segments.cu_seqlens, 50)
     assert len(seen) == 1
 
 
@@ -203,7 +204,7 @@ def test_packed_adapter_speaks_each_release():
 
     segments = make([2])
     assert attend_packed(lambda *a, is_causal=False: [*a, is_causal])(1, 2, 3, segments) == [
-        1, 2, 3, segments.cu, segments.cu, 2, 2, True]
+        1, 2, 3, segments.cu_seqlens, segments.cu_seqlens, 2, 2, True]
     assert attend_packed(torch_2_10)(1, 2, 3, segments) == "2.10"
     assert attend_packed(torch_2_12)(1, 2, 3, segments) == {"window": (-1, 0), "grouped": True}
 

@@ -179,7 +179,7 @@ def test_forward_is_the_definition(changes, looped):
     cfg = tiny(**changes)
     model = busy_model(cfg, dtype=torch.float64)
     row = row_of(IDS)
-    assert [0, *dict.fromkeys(row.segments.cu.tolist())][1:][:-1] == BOUNDS
+    assert [0, *dict.fromkeys(row.segments.cu_seqlens.tolist())][1:][:-1] == BOUNDS
     logits = model.logits(model.hidden(row.ids, row.segments, looped))[0].numpy()
     want = reference(arrays(model), cfg, IDS[:-1], BOUNDS, looped)
     assert np.abs(want).max() > 0.5
@@ -208,7 +208,7 @@ def test_layer_plan_of_the_record():
     assert [p.layer for p in plan if not p.push] == [5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert [p.skip for p in plan] == [None] * 8 + [0, 1, 2, 3, 4, 5, 6, 7, None]
     assert [p.layer for p in plan if p.lanes] == [8, 9, 10]
-    assert [p.slot for p in plan] == list(range(17)) and t.num_passes(t.Config()) == 17
+    assert [p.slot for p in plan] == list(range(17)) and t.num_block_calls(t.Config()) == 17
     assert t.num_skips(t.Config()) == 8
     plan = t.layer_plan(t.Config(), looped=False)
     assert [p.layer for p in plan] == list(range(11))
@@ -222,12 +222,12 @@ def test_layer_plan_of_the_record():
 def test_plans_pop_only_what_was_pushed(n, loops, looped):
     cfg = tiny(num_layers=n, num_loops=loops, parallel_start_layer=0)
     depth = 0
-    for step in t.layer_plan(cfg, looped):
-        depth -= step.skip is not None
+    for call in t.layer_plan(cfg, looped):
+        depth -= call.skip is not None
         assert depth >= 0
-        assert step.skip is None or step.skip < t.num_skips(cfg)
-        depth += step.push
-        assert 0 <= step.slot < t.num_passes(cfg)
+        assert call.skip is None or call.skip < t.num_skips(cfg)
+        depth += call.push
+        assert 0 <= call.slot < t.num_block_calls(cfg)
 
 
 def test_names_shapes_and_count_of_the_record():
@@ -307,7 +307,7 @@ def test_no_token_sees_a_later_one(looped):
 def test_segments_cut_attention_but_not_smearing():
     model, ids = busy_model(tiny()), documents([40])
     row = row_of(ids, longest=16)
-    assert list(dict.fromkeys(row.segments.cu.tolist())) == [0, 16, 32, 40]
+    assert list(dict.fromkeys(row.segments.cu_seqlens.tolist())) == [0, 16, 32, 40]
     first = losses_of(model, ids, longest=16)
     other = ids.copy()
     other[3] = 2 + (ids[3] + 5) % 62
@@ -319,14 +319,14 @@ def test_segments_cut_attention_but_not_smearing():
 
 
 @torch.no_grad()
-def test_at_scores_the_chosen_positions_only():
+def test_only_the_chosen_positions_are_scored():
     model = busy_model(tiny())
     ids = torch.from_numpy(documents([20, 20])).view(2, 21)
     segments = t.Segments.batch(2, 20, ids.device)
     full = model(ids[:, :-1], ids[:, 1:], segments, True)
-    at = torch.tensor([[3, 0, 19, 7], [19, 18, 2, 2]])
-    some = model(ids[:, :-1], ids[:, 1:].gather(1, at), segments, True, at=at)
-    torch.testing.assert_close(some, full.gather(1, at), atol=1e-5, rtol=1e-5)
+    positions = torch.tensor([[3, 0, 19, 7], [19, 18, 2, 2]])
+    some = model(ids[:, :-1], ids[:, 1:].gather(1, positions), segments, True, positions=positions)
+    torch.testing.assert_close(some, full.gather(1, positions), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"gated_xsa": True, "asym_logit_rescale": True}], ids=str)
@@ -370,7 +370,7 @@ def test_compiled_parts_are_five_graphs_for_both_orders(monkeypatch):
         found = [model(row.ids, row.targets, row.segments, looped) for row, looped in runs]
         sum(losses.mean() for losses in found).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
-    assert "heads" not in vars(model)
+    assert "attention_core" not in vars(model)
     for losses, (row, looped) in zip(found, runs, strict=True):
         torch.testing.assert_close(losses, model(row.ids, row.targets, row.segments, looped))
 
@@ -479,7 +479,7 @@ def test_matrices_list_every_matrix_once():
     seen = {}
     row = row_of(IDS)
     model.hidden(row.ids, row.segments, True,
-                 observe=lambda name, x: seen.setdefault(name, []).append(x.shape[-1]))
+                 calibration_hook=lambda name, x: seen.setdefault(name, []).append(x.shape[-1]))
     assert {m.source for m in found} == seen.keys()
     assert len(seen["mlp.1"]) == 2 and len(seen["mlp.0"]) == 1  # each pass of a looped layer
     for m in found:
@@ -516,8 +516,8 @@ def test_cosines_are_float32_of_the_pairs_that_turn():
     assert np.array_equal(t.rotation(torch.arange(50), cfg).numpy(), want)
     model = t.GPT(cfg, t.attend_ref, torch.bfloat16)
     seen = []
-    model.heads = lambda x, near, gain, gate, rope, *rest: seen.append(rope) or t.heads(
-        x, near, gain, gate, rope, *rest)
+    model.attention_core = lambda x, gate_input, gain, gate, rope, *rest: (
+        seen.append(rope) or t.attention_core(x, gate_input, gain, gate, rope, *rest))
     losses_of(model, IDS)
     assert all(rope.dtype == torch.float32 and rope.shape[2] == 2 for rope in seen)
 

@@ -135,10 +135,10 @@ def test_make_row_pads_its_bounds_and_can_ignore_documents():
     row = t.make_row(ids[:-1], ids[1:], 8, CPU)
     assert row.ids.shape == row.targets.shape == (1, len(ids) - 1)
     assert (row.targets[0, :-1] == row.ids[0, 1:]).all()
-    assert len(row.segments.cu) == 50 // 8 + 64 and row.segments.max_len == 8
-    assert sorted(set(row.segments.cu.tolist())) == t.segment_bounds(ids[:-1], 8).tolist()
+    assert len(row.segments.cu_seqlens) == 50 // 8 + 64 and row.segments.max_len == 8
+    assert sorted(set(row.segments.cu_seqlens.tolist())) == t.segment_bounds(ids[:-1], 8).tolist()
     row = t.make_row(ids[:-1], ids[1:], 16, CPU, documents=False)
-    assert sorted(set(row.segments.cu.tolist())) == [0, 16, 32, 48, len(ids) - 1]
+    assert sorted(set(row.segments.cu_seqlens.tolist())) == [0, 16, 32, 48, len(ids) - 1]
 
 
 def test_rows_come_in_order_and_start_over(tmp_path):
@@ -151,7 +151,7 @@ def test_rows_come_in_order_and_start_over(tmp_path):
         assert row.ids[0].tolist() == whole[64 * g:64 * g + 64].tolist()
         assert row.targets[0].tolist() == whole[64 * g + 1:64 * g + 65].tolist()
         bounds = t.segment_bounds(whole[64 * g:64 * g + 64], 32).tolist()
-        assert sorted(set(row.segments.cu.tolist())) == bounds
+        assert sorted(set(row.segments.cu_seqlens.tolist())) == bounds
     assert torch.equal(rows.row(95).ids, rows.row(0).ids)
     first = torch.cat([row.ids for row in rows.step(3)])
     assert torch.equal(first, torch.cat([rows.row(g).ids for g in range(24, 32)]))

@@ -217,7 +217,7 @@ def test_hessians_are_sums_over_every_pass(tmp_path):
         t.add_hessian(hessians, name, x)
 
     for row in rows:
-        model.hidden(row.ids, row.segments, True, observe=both)
+        model.hidden(row.ids, row.segments, True, calibration_hook=both)
     assert len(seen["attn.1"]) == 4 and len(seen["attn.0"]) == 2
     for name, inputs in seen.items():
         X = torch.cat(inputs)
@@ -270,7 +270,7 @@ def quantised(cfg, seed=0):
     hessians = {}
     row = row_of(documents([60, 60], seed=4))
     with torch.no_grad():
-        model.hidden(row.ids, row.segments, True, observe=partial(t.add_hessian, hessians))
+        model.hidden(row.ids, row.segments, True, calibration_hook=partial(t.add_hessian, hessians))
     return model, t.quantise(model.state_dict(), hessians, cfg)
 
 
@@ -320,13 +320,13 @@ def test_the_columns_that_matter_most_are_protected():
                train_batch_tokens=120, lqer_enabled=False)
     model, inputs, hessians = busy_model(cfg), {}, {}
 
-    def observe(name, x):
+    def calibration_hook(name, x):
         inputs.setdefault(name, []).append(x.flatten(0, -2))
         t.add_hessian(hessians, name, x)
 
     row = row_of(documents([58, 60], seed=4))  # 120 ids: a batch
     with torch.no_grad():
-        model.hidden(row.ids, row.segments, True, observe=observe)
+        model.hidden(row.ids, row.segments, True, calibration_hook=calibration_hook)
     scores = {}
     for m in t.matrices(cfg):
         W = model.state_dict()[m.bank] if m.index is None else model.state_dict()[m.bank][m.index]

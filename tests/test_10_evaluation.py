@@ -43,7 +43,7 @@ def test_every_target_is_scored_exactly_once(batch, rt):
 
     def forward(ids, targets, segments, looped):
         assert looped
-        assert segments.cu[-1] == ids.shape[1]
+        assert segments.cu_seqlens[-1] == ids.shape[1]
         seen.append((ids, targets))
         return targets.double()  # the loss of a target is its id
 

@@ -14,7 +14,7 @@ from tests.test_11_ttt import LENGTHS, documents_of, nothing, one_batch, score, 
 from tests.tools import (
     NO_GPU,
     TINY,
-    Recorder,
+    RecordingMeter,
     busy_model,
     cosine_start,
     launch,
@@ -39,7 +39,7 @@ def adapter_for(make, model, cfg, batch, scale=0.0):
 
 def recorded(adapter, batch, val):
     """[scored target, in order of chunk and document] losses of a batch, for each chunk."""
-    meter = Recorder()
+    meter = RecordingMeter()
     t.score_batch(adapter, batch, val, meter, nothing)
     return [losses[mask] for losses, _, mask in meter.calls]
 
@@ -58,8 +58,8 @@ def test_every_loss_is_that_of_whole_windows_at_learning_rate_0(changes):
     model, val = busy_model(cfg), val_set(LENGTHS)
     batch = one_batch(val)
     whole, streamed = (recorded(adapter_for(make, model, cfg, batch, 0.3), batch, val)
-                       for make in (t.Adapter, t.Streamed))
-    plain = recorded(adapter_for(t.Adapter, model, cfg, batch), batch, val)
+                       for make in (t.LoraTTT, t.StreamingLoraTTT))
+    plain = recorded(adapter_for(t.LoraTTT, model, cfg, batch), batch, val)
     assert len(whole) == len(streamed)
     for x, y in zip(whole, streamed, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -102,16 +102,16 @@ def test_documents_longer_than_the_context(chunk, context):
 def test_the_position_in_the_document_does_not_matter():
     """Far into a document, beyond any table: products see differences of positions only."""
     cfg = tiny()
-    past = t.Past(cfg, 2, torch.device("cpu"), torch.float32)
+    kv_cache = t.KVCache(cfg, 2, torch.device("cpu"), torch.float32)
     results = []
     for chunk in (3, 10**5):
         generator = torch.Generator().manual_seed(0)
-        past.kv.zero_()
+        kv_cache.kv.zero_()
         for step in range(3):
-            past.seek(torch.tensor(chunk + step), slice(None), past.ring)
+            kv_cache.seek(torch.tensor(chunk + step), slice(None), kv_cache.ring)
             q = torch.randn(2, 8, 4, 8, generator=generator)
             k, v = torch.randn(2, 2, 8, 2, 8, generator=generator)
-            y = past.attend(0, t.rotate(q, *past.rope), t.rotate(k, *past.rope), v)
+            y = kv_cache.attend(0, t.rotate(q, *kv_cache.rope), t.rotate(k, *kv_cache.rope), v)
         results.append(y)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
@@ -120,11 +120,11 @@ def test_few_shapes_give_the_same_scores(monkeypatch):
     """What a GPU does: widths and rows rounded up. Padding reaches no score and no gradient."""
     cfg, losses = tiny(phased_ttt_prefix_docs=0, ttt_batch_size=8), {}
     val = val_set(LENGTHS)
-    running = t.running_rows
+    running = t.running_docs
     for rounded in (False, True):
         if rounded:
-            monkeypatch.setattr(t, "shape_step", lambda cfg, device: 2 * cfg.ttt_chunk_size)
-            monkeypatch.setattr(t, "running_rows", lambda *args: running(*args[:3],
+            monkeypatch.setattr(t, "width_unit", lambda cfg, device: 2 * cfg.ttt_chunk_size)
+            monkeypatch.setattr(t, "running_docs", lambda *args: running(*args[:3],
                                                                          torch.device("cuda")))
         for stream in (False, True):
             settings = replace(cfg, ttt_stream=stream)
@@ -136,20 +136,20 @@ def test_few_shapes_give_the_same_scores(monkeypatch):
 
 def test_rows_that_run():
     counts, cfg, cuda = np.array([3, 9, 9, 20, 30, 31]), tiny(), torch.device("cuda")
-    cpu = [t.running_rows(counts, chunk, cfg, torch.device("cpu")) for chunk in range(4)]
+    cpu = [t.running_docs(counts, chunk, cfg, torch.device("cpu")) for chunk in range(4)]
     assert cpu == [6, 5, 3, 2]
-    assert [t.running_rows(counts, chunk, cfg, cuda) for chunk in range(4)] == [6, 6, 3, 3]
-    assert t.shape_step(t.Config(ttt_eval_seq_len=2048, ttt_chunk_size=48), cuda) == 384
+    assert [t.running_docs(counts, chunk, cfg, cuda) for chunk in range(4)] == [6, 6, 3, 3]
+    assert t.width_unit(t.Config(ttt_eval_seq_len=2048, ttt_chunk_size=48), cuda) == 384
 
 
 def test_a_long_document_brings_no_new_shapes(monkeypatch):
     cfg = tiny(ttt_eval_seq_len=80)  # a ring of 9 chunks
-    monkeypatch.setattr(t, "shape_step", lambda cfg, device: 2 * cfg.ttt_chunk_size)
+    monkeypatch.setattr(t, "width_unit", lambda cfg, device: 2 * cfg.ttt_chunk_size)
     val = val_set([500])
-    adapter = t.Streamed(busy_model(cfg), cfg, runtime(), 1, cosine_start)
-    reaches = [window.reach for (window,) in adapter.plan(documents_of(val), val)]
-    assert reaches[:12] == [0, 16, 16, 32, 32, 48, 48, 64, 64, 72, 72, 72]
-    assert set(reaches[9:]) == {72} and len(reaches) == 63
+    adapter = t.StreamingLoraTTT(busy_model(cfg), cfg, runtime(), 1, cosine_start)
+    kv_lens = [chunk_batch.kv_len for (chunk_batch,) in adapter.plan(documents_of(val), val)]
+    assert kv_lens[:12] == [0, 16, 16, 32, 32, 48, 48, 64, 64, 72, 72, 72]
+    assert set(kv_lens[9:]) == {72} and len(kv_lens) == 63
 
 
 # ---- learning
@@ -158,9 +158,9 @@ def test_the_first_step_is_that_of_whole_windows():
     cfg = tiny(ttt_lora_lr=0.02)
     model, val = busy_model(cfg), val_set([30, 12, 7])
     batch, found = one_batch(val), []
-    for make in (t.Adapter, t.Streamed):
+    for make in (t.LoraTTT, t.StreamingLoraTTT):
         adapter = adapter_for(make, model, cfg, batch, 0.1)
-        adapter.replay(next(iter(adapter.plan(batch, val))), Recorder())
+        adapter.replay(next(iter(adapter.plan(batch, val))), RecordingMeter())
         found.append(torch.cat([p.detach().flatten() for p in adapter.lora.parameters()]))
     # beta1 = 0: where a gradient is a rounding error, its sign decides; else equal
     assert ((found[0] - found[1]).abs() < 1e-5).double().mean() > 0.999
@@ -169,14 +169,14 @@ def test_the_first_step_is_that_of_whole_windows():
 def test_no_gradient_enters_what_is_kept_and_it_stays_as_it_was():
     cfg = tiny(ttt_eval_seq_len=LONG)
     model, val = busy_model(cfg), val_set([60, 50])
-    adapter = adapter_for(t.Streamed, model, cfg, one_batch(val), 0.1)
-    for chunk, windows in enumerate(adapter.plan(one_batch(val), val)):
-        before = adapter.past.kv.clone()
-        adapter.run(windows, Recorder())
-        assert not adapter.past.kv.requires_grad
+    adapter = adapter_for(t.StreamingLoraTTT, model, cfg, one_batch(val), 0.1)
+    for chunk, chunk_batches in enumerate(adapter.plan(one_batch(val), val)):
+        before = adapter.kv_cache.kv.clone()
+        adapter.run(chunk_batches, RecordingMeter())
+        assert not adapter.kv_cache.kv.requires_grad
         C = cfg.ttt_chunk_size
-        assert torch.equal(before[..., :chunk * C, :], adapter.past.kv[..., :chunk * C, :])
-        assert not torch.equal(before, adapter.past.kv)
+        assert torch.equal(before[..., :chunk * C, :], adapter.kv_cache.kv[..., :chunk * C, :])
+        assert not torch.equal(before, adapter.kv_cache.kv)
 
 
 def test_what_an_earlier_batch_kept_is_not_seen():
@@ -184,10 +184,10 @@ def test_what_an_earlier_batch_kept_is_not_seen():
     cfg = tiny(ttt_warm_start_a=False)
     model, val = busy_model(cfg), val_set(LENGTHS)
     batch = one_batch(val)
-    adapter = adapter_for(t.Streamed, model, cfg, batch)
+    adapter = adapter_for(t.StreamingLoraTTT, model, cfg, batch)
     first = recorded(adapter, batch, val)
     adapter.reset()
-    adapter.past.kv.fill_(1e4)
+    adapter.kv_cache.kv.fill_(1e4)
     for x, y in zip(first, recorded(adapter, batch, val), strict=True):
         assert torch.equal(x, y)
 
@@ -195,13 +195,13 @@ def test_what_an_earlier_batch_kept_is_not_seen():
 def test_learn_takes_only_what_was_scored():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([30, 30])
-    adapter = t.Streamed(model, cfg, runtime(), 2, cosine_start)
-    (window,) = next(iter(adapter.plan(one_batch(val), val)))
-    for wrong in (window, torch.zeros(2, 8, requires_grad=True), None):
+    adapter = t.StreamingLoraTTT(model, cfg, runtime(), 2, cosine_start)
+    (chunk_batch,) = next(iter(adapter.plan(one_batch(val), val)))
+    for wrong in (chunk_batch, torch.zeros(2, 8, requires_grad=True), None):
         with pytest.raises((AttributeError, TypeError)):
             adapter.learn(wrong)
-    meter = Recorder()
-    scored = adapter.score(window, meter)
+    meter = RecordingMeter()
+    scored = adapter.score(chunk_batch, meter)
     assert isinstance(scored, t.Scored) and meter.result().tokens == 16
     adapter.learn(scored)
 
@@ -228,26 +228,27 @@ def test_a_long_document_costs_less():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_batch_is_dealt_once(world, stream):
+def test_every_batch_is_scheduled_once(world, stream):
     rng = np.random.default_rng(0)
     cfg = tiny(ttt_stream=stream)
     docs = [t.Document(0, int(n) + 2) for n in rng.lognormal(4, 1, 150)]
     batches = t.document_batches(docs, 4)
     boundaries = [20, 40]
-    rounds = t.deal(batches, boundaries, cfg, world)
-    dealt = [number for hands in rounds for hand in hands for number in hand]
-    assert sorted(dealt) == list(range(len(batches))) and len(rounds) == 3
+    rounds = t.schedule_batches(batches, boundaries, cfg, world)
+    scheduled = [number for assignments in rounds for own in assignments for number in own]
+    assert sorted(scheduled) == list(range(len(batches))) and len(rounds) == 3
     first, done = len(batches), 0
-    for hands, boundary in zip(rounds, [*boundaries, None], strict=True):
-        assert all(hand == sorted(hand, reverse=True) for hand in hands) and len(hands) == world
-        numbers = sorted(number for hand in hands for number in hand)
+    for assignments, boundary in zip(rounds, [*boundaries, None], strict=True):
+        assert all(own == sorted(own, reverse=True) for own in assignments)
+        assert len(assignments) == world
+        numbers = sorted(number for own in assignments for number in own)
         assert numbers == list(range(first - len(numbers), first))  # the longest that are left
         before, first = done, numbers[0]
         done += sum(len(batches[number]) for number in numbers)
         if boundary:  # when it is reached the other ranks' batches are begun
             assert boundary <= done <= max(boundary, before) + 4 * (world + 1)
-    costs = [sum(t.planned_cost(batches[number], cfg) for number in hand) for hand in rounds[-1]]
-    longest = max(t.planned_cost(batches[number], cfg) for hand in rounds[-1] for number in hand)
+    costs = [sum(t.planned_cost(batches[number], cfg) for number in own) for own in rounds[-1]]
+    longest = max(t.planned_cost(batches[number], cfg) for own in rounds[-1] for number in own)
     assert max(costs) - min(costs) <= longest
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.tools import Recorder, busy_model, cosine_start, losses_of, runtime, tiny, val_set
+from tests.tools import RecordingMeter, busy_model, cosine_start, losses_of, runtime, tiny, val_set
 
 CPU = torch.device("cpu")
 LENGTHS = [12, 40, 5, 1, 29, 8, 33, 16, 60, 23, 9, 41]  # targets: one more, the last one less
@@ -54,19 +54,19 @@ def test_phase_boundaries(prefix, phases, documents, want):
 
 
 @pytest.mark.parametrize(("chunk", "context"), [(8, 24), (7, 20), (1, 5), (8, 8), (16, 2048)])
-def test_windows_against_a_loop_over_documents(chunk, context):
+def test_chunk_batches_against_a_loop_over_documents(chunk, context):
     cfg = tiny(ttt_chunk_size=chunk, ttt_eval_seq_len=context)
     val = val_set(LENGTHS)
     docs = documents_of(val)
     scored = np.zeros(len(val.ids), int)
     for batch in t.document_batches(docs, 5):
-        plan = list(t.plan_windows(batch, val, cfg, CPU))
+        plan = list(t.plan_chunk_batches(batch, val, cfg, CPU))
         assert len(plan) == max(-(-d.targets // chunk) for d in batch)
         for c in range(len(plan)):
             (w,) = plan[c]
             reach = [doc for doc in batch if doc.targets > c * chunk]
-            assert batch[w.rows] == reach
-            assert w.ids.shape[1] <= context and w.at.shape == (len(reach), chunk)
+            assert batch[w.docs] == reach
+            assert w.ids.shape[1] <= context and w.positions.shape == (len(reach), chunk)
             assert w.count == w.mask.sum()
             for b, doc in enumerate(reach):
                 text = val.ids[doc.begin:doc.end]
@@ -82,7 +82,7 @@ def test_windows_against_a_loop_over_documents(chunk, context):
                     scored[doc.begin + target] += 1
                     assert w.targets[b, k] == text[target]
                     assert w.sizes[b, k] == val.bytes[doc.begin + target]
-                    position = int(w.at[b, k])
+                    position = int(w.positions[b, k])
                     assert start + position == target - 1
                     assert w.ids[b, position] == text[target - 1]
             assert w.updates == bool(w.trains.any())
@@ -151,7 +151,7 @@ def test_training_helps_on_text_that_repeats(stream):
     assert score(model, val, cfg).loss < 0.7 * windowed_loss(model, val, cfg)
 
 
-@pytest.mark.parametrize("make", [t.Adapter, t.Streamed])
+@pytest.mark.parametrize("make", [t.LoraTTT, t.StreamingLoraTTT])
 def test_a_score_does_not_know_later_tokens_nor_other_documents(make):
     cfg = tiny()
     model, val = busy_model(cfg), val_set([50, 44, 61, 40])
@@ -162,7 +162,7 @@ def test_a_score_does_not_know_later_tokens_nor_other_documents(make):
     ids[begin:doc.end - 1] = 2 + (ids[begin:doc.end - 1] + 9) % 62
     runs = []
     for tokens in (val.ids, ids):
-        meter = Recorder()
+        meter = RecordingMeter()
         adapter = make(model, cfg, runtime(), 4, cosine_start)
         t.score_batch(adapter, batch, t.ValSet(tokens, val.bytes), meter, nothing)
         runs.append([torch.where(mask, losses, 0) for losses, _, mask in meter.calls])
@@ -184,7 +184,7 @@ def test_no_score_knows_a_document_that_is_scored_later(position, monkeypatch):
     ids[begin + 1:end - 1] = 2 + (ids[begin + 1:end - 1] + 9) % 62
     runs = []
     for tokens in (val.ids, ids):
-        meter = Recorder()
+        meter = RecordingMeter()
         monkeypatch.setattr(t, "Meter", lambda rt, meter=meter: meter)
         score(busy_model(cfg), t.ValSet(tokens, val.bytes), cfg)
         runs.append([torch.where(mask, losses, 0) for losses, _, mask in meter.calls])
@@ -200,13 +200,13 @@ def test_no_score_knows_a_document_that_is_scored_later(position, monkeypatch):
 def test_learn_takes_only_what_was_scored():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([30, 30])
-    adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    (window,) = next(t.plan_windows(one_batch(val), val, cfg, CPU))
-    for wrong in (window, torch.zeros(2, 8, requires_grad=True), None):
+    adapter = t.LoraTTT(model, cfg, runtime(), 2, cosine_start)
+    (chunk_batch,) = next(t.plan_chunk_batches(one_batch(val), val, cfg, CPU))
+    for wrong in (chunk_batch, torch.zeros(2, 8, requires_grad=True), None):
         with pytest.raises((AttributeError, TypeError)):
             adapter.learn(wrong)
-    meter = Recorder()
-    scored = adapter.score(window, meter)
+    meter = RecordingMeter()
+    scored = adapter.score(chunk_batch, meter)
     assert isinstance(scored, t.Scored) and meter.result().tokens == 16
     adapter.learn(scored)
     with pytest.raises(RuntimeError):  # nor twice on the same chunk
@@ -217,7 +217,7 @@ def test_learn_takes_only_what_was_scored():
 def test_a_step_is_adamw_on_the_sum_of_mean_losses():
     cfg = tiny(ttt_lora_lr=0.02, ttt_weight_decay=0.3)
     model, val = busy_model(cfg), val_set([30, 12, 7])  # the last has one chunk: it never trains
-    adapter = t.Adapter(model, cfg, runtime(), 3, cosine_start)
+    adapter = t.LoraTTT(model, cfg, runtime(), 3, cosine_start)
     generator = torch.Generator().manual_seed(5)
     for B in adapter.lora.B.values():
         B.data = 0.1 * torch.randn(B.shape, generator=generator)
@@ -225,19 +225,20 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
     second = {n: torch.zeros_like(p) for n, p in want.items()}
     batch = one_batch(val)
     for chunk in range(2):
-        (window,) = list(t.plan_windows(batch, val, cfg, CPU))[chunk]
+        (chunk_batch,) = list(t.plan_chunk_batches(batch, val, cfg, CPU))[chunk]
         trains = [[0, 1, 1], [0, 1]][chunk]
-        assert window.trains.tolist() == trains
-        segments = t.Segments.batch(*window.ids.shape, CPU)
-        adapter.lora.rows = window.rows
-        losses = model(window.ids, window.targets, segments, True, adapter.lora, window.at)
+        assert chunk_batch.trains.tolist() == trains
+        segments = t.Segments.batch(*chunk_batch.ids.shape, CPU)
+        adapter.lora.docs = chunk_batch.docs
+        losses = model(chunk_batch.ids, chunk_batch.targets, segments, True, adapter.lora,
+                       chunk_batch.positions)
         loss = sum(losses[b].mean() for b in range(len(trains)) if trains[b])
         grads = torch.autograd.grad(loss, list(adapter.lora.parameters()))
         for (n, p), g in zip(want.items(), grads, strict=True):
             second[n] = 0.99 * second[n] + 0.01 * g.double() ** 2
             root = (second[n] / (1 - 0.99 ** (chunk + 1))).sqrt() + 1e-10
             p.mul_(1 - 0.02 * 0.3).sub_(0.02 * g.double() / root)
-        adapter.learn(adapter.score(window, Recorder()))
+        adapter.learn(adapter.score(chunk_batch, RecordingMeter()))
         adapter.step()
         for n, p in adapter.lora.named_parameters():
             # beta1 = 0: where a gradient is a rounding error, its sign decides; else equal
@@ -249,18 +250,18 @@ def test_a_step_is_adamw_on_the_sum_of_mean_losses():
 def test_nobody_left_to_train_keeps_no_graph():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([7, 5])
-    adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
-    (window,) = next(t.plan_windows(one_batch(val), val, cfg, CPU))
-    assert not window.updates
-    assert not adapter.score(window, Recorder()).losses.requires_grad
+    adapter = t.LoraTTT(model, cfg, runtime(), 2, cosine_start)
+    (chunk_batch,) = next(t.plan_chunk_batches(one_batch(val), val, cfg, CPU))
+    assert not chunk_batch.updates
+    assert not adapter.score(chunk_batch, RecordingMeter()).losses.requires_grad
 
 
 def test_reset_between_batches():
     cfg = tiny()
     model, val = busy_model(cfg), val_set([40, 40])
-    adapter = t.Adapter(model, cfg, runtime(), 2, cosine_start)
+    adapter = t.LoraTTT(model, cfg, runtime(), 2, cosine_start)
     counts = []
-    t.score_batch(adapter, one_batch(val), val, Recorder(), counts.append)
+    t.score_batch(adapter, one_batch(val), val, RecordingMeter(), counts.append)
     assert sum(counts) == len(val.ids) - 1
     trained = adapter.lora.A["q2"].detach().clone()
     assert adapter.lora.B["q2"].any() and adapter.optimiser.state
@@ -338,7 +339,7 @@ def test_a_phase_is_one_pass_of_sgd_over_all_weights():
     val = val_set(LENGTHS)
     docs = documents_of(val)[2:]
     ours, twin = busy_model(cfg), busy_model(cfg)
-    steps = t.train_globally(ours, docs, val, cfg, runtime())
+    steps = t.global_sgd_phase(ours, docs, val, cfg, runtime())
     assert steps == sgd(twin, val, docs, cfg) == 6
     start = busy_model(cfg)
     for (n, p), q, r in zip(ours.named_parameters(), twin.parameters(), start.parameters(),
@@ -355,7 +356,7 @@ def test_a_phase_with_adamw_and_frozen_blocks():
     val = val_set(LENGTHS)
     docs = documents_of(val)[2:]
     ours, twin = busy_model(cfg), busy_model(cfg)
-    t.train_globally(ours, docs, val, cfg, runtime())
+    t.global_sgd_phase(ours, docs, val, cfg, runtime())
     tokens = np.concatenate([val.ids[d.begin:d.end] for d in docs])
     adamw = torch.optim.AdamW(twin.parameters(), weight_decay=0)
     chunks = math.ceil((len(tokens) - 1) / 64)
@@ -380,7 +381,7 @@ def test_a_phase_moves_the_caps():
     cfg = tiny(asym_logit_rescale=True, global_ttt_lr=0.1, logit_softcap=3.0)
     model, val = busy_model(cfg), val_set(LENGTHS)
     before = model.cap().tolist()
-    t.train_globally(model, documents_of(val), val, cfg, runtime())
+    t.global_sgd_phase(model, documents_of(val), val, cfg, runtime())
     assert all(a != b for a, b in zip(before, model.cap().tolist(), strict=True))
 
 
@@ -389,7 +390,7 @@ def test_phases_train_on_the_right_documents(monkeypatch):
     val = val_set(LENGTHS)  # 12 documents: three batches
     batches = t.make_schedule(val, cfg, 1).batches
     seen = []
-    monkeypatch.setattr(t, "train_globally",
+    monkeypatch.setattr(t, "global_sgd_phase",
                         lambda model, docs, *rest: seen.append(docs) or 0)
     score(busy_model(cfg), val, cfg)
     # after the longest batch 3 of 4; after two batches the first 6, shorter batch first
@@ -398,7 +399,7 @@ def test_phases_train_on_the_right_documents(monkeypatch):
 
 def test_no_phase_without_prefix_and_none_after_the_end(monkeypatch):
     seen = []
-    monkeypatch.setattr(t, "train_globally", lambda *rest: seen.append(rest) or 0)
+    monkeypatch.setattr(t, "global_sgd_phase", lambda *rest: seen.append(rest) or 0)
     val = val_set(LENGTHS)
     score(busy_model(tiny()), val, tiny(phased_ttt_prefix_docs=0))
     score(busy_model(tiny()), val, tiny(ttt_batch_size=64))
@@ -413,20 +414,20 @@ def test_document_borders_in_a_phase_can_be_ignored(monkeypatch):
     val = val_set(LENGTHS)
     for respect in (True, False):
         model = busy_model(cfg)
-        t.train_globally(model, documents_of(val),
-                         val, replace(cfg, global_ttt_respect_doc_boundaries=respect), runtime())
+        t.global_sgd_phase(model, documents_of(val),
+                           val, replace(cfg, global_ttt_respect_doc_boundaries=respect), runtime())
     half = len(seen) // 2
-    apart = [len(set(row.segments.cu.tolist())) for row in seen]
+    apart = [len(set(row.segments.cu_seqlens.tolist())) for row in seen]
     assert sum(apart[:half]) > sum(apart[half:]) == 3 * half
 
 
-def test_splitting_a_window_changes_nothing(monkeypatch):
+def test_splitting_a_chunk_batch_changes_nothing(monkeypatch):
     """Documents do not touch each other: the memory bound may cut a batch anywhere."""
     cfg, scores = tiny(ttt_lora_lr=0.01), []
     for tokens in (10**6, 40):
-        monkeypatch.setattr(t, "WINDOW_TOKENS", tokens)
+        monkeypatch.setattr(t, "CHUNK_BATCH_TOKENS", tokens)
         model, val = busy_model(cfg), val_set([30, 12, 25, 7])
-        adapter, meter = t.Adapter(model, cfg, runtime(), 4, cosine_start), Recorder()
+        adapter, meter = t.LoraTTT(model, cfg, runtime(), 4, cosine_start), RecordingMeter()
         t.score_batch(adapter, one_batch(val), val, meter, lambda count: None)
         scores.append(meter.result())
     assert scores[0].tokens == scores[1].tokens

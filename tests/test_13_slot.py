@@ -1,4 +1,4 @@
-"""§13 Score rules inside the evaluation; SLOT of variants.py: a loop over samples, what a fit may
+"""§13 Score adjustment in the evaluation; SLOT of variants.py: a loop over samples, what a fit may
 look at."""
 
 import math
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 
 import train_gpt as t
 import variants as v
-from tests.tools import Recorder, busy_model, cosine_start, runtime, tiny, val_set
+from tests.tools import RecordingMeter, busy_model, cosine_start, runtime, tiny, val_set
 
 LENGTHS = [7, 40, 23, 55, 31, 12]
 
 
-def parts(cfg, rules=True, lengths=LENGTHS):
+def parts(cfg, adjustment=True, lengths=LENGTHS):
     """(model, adapter, batch, val) with adapters that are not zero."""
     val, rt, model = val_set(lengths, cfg.vocab_size), runtime(), busy_model(cfg)
-    found = t.make_rules(t.replace(cfg, ttt_batch_size=len(lengths)), rt, model,
-                         val) if rules else None
+    found = t.make_adjustment(t.replace(cfg, ttt_batch_size=len(lengths)), rt, model,
+                              val) if adjustment else None
     if found:
         found.wait()
     batch = t.make_schedule(val, t.replace(cfg, ttt_batch_size=len(lengths)), 1).batches[0]
-    adapter = t.Adapter(model, cfg, rt, len(batch), cosine_start, found)
+    adapter = t.LoraTTT(model, cfg, rt, len(batch), cosine_start, found)
     with torch.no_grad():
         for b in adapter.lora.B.values():
             b.add_(0.02 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1)))
@@ -68,13 +68,13 @@ def test_a_fit_is_a_loop_over_samples():
 
 def scored_losses(adapter, batch, val, change=None):
     """Losses that enter the score, per (document, target), without any learning."""
-    meter, found = Recorder(), {}
-    with t.frozen(adapter.rules.model):
-        for chunk, windows in enumerate(adapter.plan(batch, val)):
-            for window in windows:
-                adapter.score(window, meter)
+    meter, found = RecordingMeter(), {}
+    with t.frozen(adapter.adjustment.model):
+        for chunk, chunk_batches in enumerate(adapter.plan(batch, val)):
+            for chunk_batch in chunk_batches:
+                adapter.score(chunk_batch, meter)
                 losses, _, mask = meter.calls[-1]
-                for b, row in enumerate(range(window.rows.start, window.rows.stop)):
+                for b, row in enumerate(range(chunk_batch.docs.start, chunk_batch.docs.stop)):
                     for c in torch.nonzero(mask[b])[:, 0].tolist():
                         found[row, chunk * adapter.cfg.ttt_chunk_size + c] = losses[b, c].item()
     return found
@@ -134,23 +134,24 @@ def test_rules_look_at_their_own_place_of_the_stream(stream, changes):
     model, _, batch, val = parts(cfg)
     rt, texts = runtime(), [val.ids[doc.begin + 1 : doc.end] for doc in batch]
     coded = np.concatenate([np.r_[t.BOS, text[text != t.BOS]] for text in texts] + [[t.BOS]])
-    rules = t.make_rules(t.replace(cfg, ttt_batch_size=len(LENGTHS)), rt, model, val)
-    rules.wait()
-    make = t.Streamed if stream else t.Adapter
-    plain, ruled = (make(model, cfg, rt, len(batch), cosine_start, r) for r in (None, rules))
-    meters, moved = (Recorder(), Recorder()), 0
+    adjustment = t.make_adjustment(t.replace(cfg, ttt_batch_size=len(LENGTHS)), rt, model, val)
+    adjustment.wait()
+    make = t.StreamingLoraTTT if stream else t.LoraTTT
+    plain, ruled = (make(model, cfg, rt, len(batch), cosine_start, r) for r in (None, adjustment))
+    meters, moved = (RecordingMeter(), RecordingMeter()), 0
     with t.frozen(model):
-        for windows, _ in zip(plain.plan(batch, val), ruled.plan(batch, val), strict=True):
-            for window in windows:
-                plain.score(window, meters[0])
-                ruled.score(window, meters[1])
+        for chunk_batches, _ in zip(plain.plan(batch, val), ruled.plan(batch, val), strict=True):
+            for chunk_batch in chunk_batches:
+                plain.score(chunk_batch, meters[0])
+                ruled.score(chunk_batch, meters[1])
                 (raw, _, mask), (used, _, _) = meters[0].calls[-1], meters[1].calls[-1]
-                h = rules.h if stream else t.pick(rules.h, window.at)
+                h = adjustment.h if stream else t.gather_positions(
+                    adjustment.h, chunk_batch.positions)
                 logp = model.logits(h, ruled.lora).log_softmax(-1).detach()
                 for b, c in torch.nonzero(mask).tolist():
-                    at, y = int(window.place[b]) + c, int(window.targets[b, c])
+                    at, y = int(chunk_batch.place[b]) + c, int(chunk_batch.targets[b, c])
                     assert coded[at + 1] == y
-                    entry = [table[at] for table in rules.tables]
+                    entry = [table[at] for table in adjustment.tables]
                     if cfg.ngram_tilt_enabled:
                         want = raw[b, c].item()
                         if entry[0] >= 0:
@@ -174,8 +175,8 @@ def test_rules_look_at_their_own_place_of_the_stream(stream, changes):
 def test_rules_do_not_reach_what_is_learnt(changes):
     """Adapters after a document are the same, to the bit, with and without rules."""
     cfg, found = tiny(**changes), []
-    for rules in (False, True):
-        model, adapter, batch, val = parts(cfg, rules)
+    for adjustment in (False, True):
+        model, adapter, batch, val = parts(cfg, adjustment)
         with t.frozen(model):
             t.score_batch(adapter, batch, val, t.Meter(runtime()), lambda _: None)
         found.append([p.detach().clone() for p in adapter.lora.parameters()])

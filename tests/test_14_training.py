@@ -259,11 +259,12 @@ def test_rows_of_any_documents_have_one_shape():
             begins = lengths.cumsum()
             ids[begins[begins < len(ids)]] = t.BOS
             row = t.make_row(ids[:-1], ids[1:], longest, torch.device("cpu"))
-            shapes.add((longest, tuple(row.segments.cu.shape)))
-            assert row.segments.cu[-1] == 98304 and (row.segments.cu.diff() >= 0).all()
+            shapes.add((longest, tuple(row.segments.cu_seqlens.shape)))
+            cu_seqlens = row.segments.cu_seqlens
+            assert cu_seqlens[-1] == 98304 and (cu_seqlens.diff() >= 0).all()
     assert shapes == {(1024, (352,)), (3072, (288,))}
     dense = t.make_row(ids[:-1] * 0 + t.BOS, ids[1:], 3072, torch.device("cpu"))
-    assert len(dense.segments.cu) > 98304 and len(dense.segments.cu) % 288 == 0
+    assert len(dense.segments.cu_seqlens) > 98304 and len(dense.segments.cu_seqlens) % 288 == 0
 
 
 def test_a_budget_that_calibration_would_eat_is_refused(program):
@@ -510,18 +511,18 @@ def test_a_recorded_step_is_the_eager_step_over_several_keys_in_turn():
             optimisers = t.Optimisers(model, replace(cfg, compile=compiled), rt)
             if compiled:
                 t.warm_up(model, optimisers, cfg, rt)
-                graphs = calibrate.graphs(optimisers.recorder)
+                graphs = calibrate.graphs(optimisers.graph_cache)
             found = []
             for k, (longest, looped) in enumerate(turns):
                 step = ids[k % 8:] + ids[:k % 8]  # as many rows as the warm-up ran at once
                 rows = [t.make_row(x[:-1], x[1:], longest, rt.device) for x in step]
                 found.append(t.run_step(model, rows, looped, optimisers, 0.5, 0.95).tolist())
             if compiled:
-                assert calibrate.graphs(optimisers.recorder) == graphs
-                assert optimisers.recorder.loose == 0  # every step was a replay
+                assert calibrate.graphs(optimisers.graph_cache) == graphs
+                assert optimisers.graph_cache.loose == 0  # every step was a replay
             dense = [t.make_row(x[:-1] * 0 + t.BOS, x[1:], 64, rt.device) for x in ids]
             found.append(t.run_step(model, dense, True, optimisers, 0.5, 0.95).tolist())
-            assert optimisers.recorder.loose == compiled
+            assert optimisers.graph_cache.loose == compiled
             losses.append(torch.tensor(found))
             ends.append([p.detach().clone() for p in model.parameters()])
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)

@@ -360,12 +360,12 @@ def test_row_08_prequant(program, monkeypatch):
         code, _, err = program(LEGALITY_CHECK=1, ITERATIONS=1)
         assert code == 2 and err.count("\n") == 1
         assert "data access: validation ids [slice(None, 64, None)] read" in err
-    phase = t.train_globally
+    phase = t.global_sgd_phase
 
     def early(model, scored, val, *rest):
         every = [t.Document(*d) for d in val.documents()]
         return phase(model, [d for d in every if d not in scored] + scored, val, *rest)
-    monkeypatch.setattr(t, "train_globally", early)
+    monkeypatch.setattr(t, "global_sgd_phase", early)
     assert any(x.startswith("causality (ttt)") for x in found_in())
 
 
@@ -374,10 +374,10 @@ def test_row_08_order_of_processing_with_rules(monkeypatch):
     To a table of n-grams it is earlier; to the weights it is not."""
     score = t.score_phased
 
-    def early(model, val, cfg, rt, **rules):
+    def early(model, val, cfg, rt, **adjustment):
         first = t.Document(*val.documents()[0])
-        t.train_globally(model, [first] * 20, val, cfg, rt)
-        return score(model, val, cfg, rt, **rules)
+        t.global_sgd_phase(model, [first] * 20, val, cfg, rt)
+        return score(model, val, cfg, rt, **adjustment)
     monkeypatch.setattr(t, "score_phased", early)
     bench, lines = bench_of(tiny(ngram_mixer="exact")), []
     found = legality.findings(bench, val_set([12, 6, 30, 28, 25, 20, 30]), lines.append)
@@ -388,15 +388,15 @@ def test_row_08_order_of_processing_with_rules(monkeypatch):
 
 def test_row_09_slot(monkeypatch):
     """A chunk's own loss is stepped on before the chunk is scored."""
-    score = t.Adapter.score
+    score = t.LoraTTT.score
 
-    def fitted(self, window, meter):
-        self.lora.rows = window.rows
-        (self.losses(window) * window.mask).sum().backward()
+    def fitted(self, chunk_batch, meter):
+        self.lora.docs = chunk_batch.docs
+        (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return score(self, window, meter)
-    monkeypatch.setattr(t.Adapter, "score", fitted)
+        return score(self, chunk_batch, meter)
+    monkeypatch.setattr(t.LoraTTT, "score", fitted)
     assert any(x.startswith("causality (ttt)") for x in found_in())
 
 
@@ -417,8 +417,8 @@ def test_row_11_rescore(monkeypatch):
     """The second pass counts, after the first has adapted to everything."""
     score = t.score_phased
 
-    def twice(*args, **rules):
-        return min(score(*args, **rules), score(*args, **rules))
+    def twice(*args, **adjustment):
+        return min(score(*args, **adjustment), score(*args, **adjustment))
     monkeypatch.setattr(t, "score_phased", twice)
     assert any("scored again" in x for x in found_in())
 
@@ -449,10 +449,10 @@ def test_row_13_smear(monkeypatch, tmp_path):
                                   dict(ngram_tilt_enabled=True, within_boost=0, word_boost=0)])
 def test_row_13_neighbours_of_a_batch_with_rules(monkeypatch, rule):
     """Tables of n-grams may know other documents; nothing else may."""
-    owner = variants.Rules if "ngram_mixer" in rule else t.ScoreRules
+    owner = variants.Adjustment if "ngram_mixer" in rule else t.ScoreAdjustment
     call = owner.__call__
-    monkeypatch.setattr(owner, "__call__", lambda self, losses, window, lora: call(
-        self, losses, window, lora) + 1e-3 * losses.mean())
+    monkeypatch.setattr(owner, "__call__", lambda self, losses, chunk_batch, lora: call(
+        self, losses, chunk_batch, lora) + 1e-3 * losses.mean())
     found = found_in(tiny(**rule))
     assert any(x.startswith("document isolation (ttt)") for x in found), found
 
@@ -513,19 +513,20 @@ def test_row_19_order(monkeypatch, rule):
     assert ordered(tiny(**rule)) == []
     schedule = t.make_schedule
 
-    def by_stream(rules, val):
-        tables = rules.tables_over(np.append(val.ids, t.BOS))
-        return [torch.from_numpy(x).to(kind) for x, kind in zip(tables, rules.kinds, strict=True)]
+    def by_stream(adjustment, val):
+        tables = adjustment.tables_over(np.append(val.ids, t.BOS))
+        return [torch.from_numpy(x).to(kind)
+                for x, kind in zip(tables, adjustment.kinds, strict=True)]
 
-    def shuffled(rules, val):
-        tables = by_stream(rules, val)
+    def shuffled(adjustment, val):
+        tables = by_stream(adjustment, val)
         moved = [x.clone() for x in tables]
-        for doc in schedule(val, rules.cfg, 1).documents():
+        for doc in schedule(val, adjustment.cfg, 1).documents():
             for new, old in zip(moved, tables, strict=True):
                 new[doc.place : doc.place + doc.targets] = old[doc.begin : doc.end - 1]
         return moved
     with monkeypatch.context() as patch:
-        patch.setattr(t.ScoreRules, "build", shuffled)
+        patch.setattr(t.ScoreAdjustment, "build", shuffled)
         assert any("placed before it" in text for text in ordered(tiny(**rule)))
 
     def claimed(val, cfg, world):
@@ -533,7 +534,7 @@ def test_row_19_order(monkeypatch, rule):
         return told._replace(batches=[[doc._replace(place=doc.begin) for doc in batch]
                                       for batch in told.batches])
     monkeypatch.setattr(t, "make_schedule", claimed)
-    monkeypatch.setattr(t.ScoreRules, "build", by_stream)
+    monkeypatch.setattr(t.ScoreAdjustment, "build", by_stream)
     assert any("placed before it" in text for text in ordered(tiny(**rule)))
 
 

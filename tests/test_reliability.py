@@ -204,7 +204,7 @@ def test_a_store_that_is_gone_ends_every_rank(monkeypatch, capfd, how):
     monkeypatch.setattr(reliability, "UNREACHED", 0.5)
     monkeypatch.setattr(reliability.os, "_exit", ended.append)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
-    line = reliability.Lifeline(t.Runtime(1, 2, torch.device("cpu")))
+    line = reliability.Heartbeat(t.Runtime(1, 2, torch.device("cpu")))
     line.start()
     time.sleep(0.8)
     assert not ended

@@ -108,7 +108,7 @@ def busy_model(cfg: t.Config, seed=0, dtype=torch.float32, attend: Callable = t.
     return model
 
 
-def row_of(ids, longest=10**6) -> t.Row:
+def row_of(ids, longest=10**6) -> t.PackedBatch:
     """ids [T+1] as one packed row."""
     ids = np.asarray(ids, np.int64)
     return t.make_row(ids[:-1], ids[1:], longest, torch.device("cpu"))
@@ -126,7 +126,7 @@ def cosine_start(a: torch.Tensor) -> None:
     a.copy_((values.view(a.shape[-2:]) / a.shape[-1] ** 0.5).float())
 
 
-class Recorder(t.Meter):
+class RecordingMeter(t.Meter):
     """A meter that also keeps what it was given."""
 
     def __init__(self):
