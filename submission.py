@@ -109,8 +109,8 @@ def fill_preset(text: str, path: Path, summary: dict[str, Any], steps: list[int]
     if not comment.search(text):
         raise UserError(f"{path}: the comment # Expected: is missing")
     before, quantised, trained, size = (summary[name] for name in names)
-    lines = (f"# Expected: {statistics.mean(steps):,.0f} steps, {size:,.0f} bytes, {before:.5f} BPB "
-             "before quantisation,",
+    lines = (f"# Expected: {statistics.mean(steps):,.0f} steps, {size:,.0f} bytes, {before:.5f} "
+             "BPB before quantisation,",
              f"#   {quantised:.5f} BPB quantised, {trained:.5f} BPB test-time trained (mean of "
              f"{summary['runs']} seeds).")
     return comment.sub(lambda _: "\n".join(lines), text, count=1)
