@@ -2288,8 +2288,7 @@ def load_train(cfg: Config, rt: Runtime) -> TrainRows:
 def check_data(cfg: Config) -> str:
     """The data's identity, for the log. Raises where its manifest says that this run cannot be
     right: documents on both sides of the split, another validation file, another vocabulary."""
-    splits = [load_split(cfg, name) for name in ("train", "val")[cfg.ttt_eval_only:]]  # all there
-    path = splits[0].paths[0].with_name("manifest.json")
+    path = data_folder(cfg) / "manifest.json"
     if not path.is_file():
         check_tokenizer(cfg, path, {})
         return (f"data: {path.parent}, no manifest: nothing says that the split is clean; see "
@@ -4517,6 +4516,8 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             f"SCORES_PATH={scores}: must be a FILE.npz in a folder that exists")
     kind = "-audit" if audit else "-rescoring" * cfg.ttt_eval_only  # no litter beside the artifact
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{kind}"
+    for split in ("train", "val")[cfg.ttt_eval_only:]:
+        load_split(cfg, split)  # refuses what is missing, before anything is written
     beside, identity = cfg.artifact_dir and (cfg.run_id or not kind), check_data(cfg)
     rt.open_log((folder if beside else Path("runs")) / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
@@ -4568,16 +4569,14 @@ def main(age: float = 0.0) -> int:
     """Exit code: 0, or after one line on standard error 2 (a mistake to mend), 130 (Ctrl-C)."""
     mode, *rest = sys.argv[1:] or [""]
     try:
-        guide = extra("guide", needed=False)
-        require(guide or not mode, f"{mode}: the packed program takes settings, no arguments")
+        guide = extra("guide", needed=bool(mode))
         if not guide or not guide.another_mode(mode, rest, os.environ):
             run(os.environ, age)
     except (UserError, ModuleNotFoundError) as error:
         missing = isinstance(error, ModuleNotFoundError)
         text, code = f"error: {f'{error.name} {NEEDED}' if missing else error}", 2
     except KeyboardInterrupt:
-        hint = "; with CHECKPOINT_EVERY_SECONDS the same command goes on" * (not mode)
-        text, code = f"interrupted{hint}", 130
+        text, code = "interrupted" + "; CHECKPOINT_EVERY_SECONDS lets it go on" * (not mode), 130
     except RuntimeError:  # perhaps of a collective: then the lifeline's message names who is gone
         if dist.is_initialized():
             time.sleep(6)

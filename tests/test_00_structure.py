@@ -20,12 +20,12 @@ RULE = "# " + "=" * 98
 # section: (title, lines that it may have). The sum only falls; the record's program has 3,753.
 SECTIONS = {
     0: ("Header", 65), 1: ("Config", 450), 2: ("Runtime", 165), 3: ("Kernels", 719),
-    4: ("Attention", 137), 5: ("Model", 396), 6: ("Optimisers", 206), 7: ("Data", 207),
+    4: ("Attention", 137), 5: ("Model", 396), 6: ("Optimisers", 206), 7: ("Data", 206),
     8: ("Quantisation", 543), 9: ("Artifact", 426), 10: ("Evaluation", 137),
     11: ("Test-time training", 479), 12: ("N-gram", 89), 13: ("Score rules", 65),
     14: ("Training", 298), 15: ("Main", 219),
 }
-MOST_LINES = 4601
+MOST_LINES = 4600
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {

@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line(tmp_path):
     run = launch(settings, tmp_path, interrupt="train_loss: ")
     assert run.returncode == 130
     assert run.stderr == (
-        "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on\n")
+        "interrupted; CHECKPOINT_EVERY_SECONDS lets it go on\n")
 
 
 @pytest.mark.parametrize("late", ["while an error is told", "at the end", "while it imports"])
