@@ -26,7 +26,11 @@ def another_mode(mode: str, words: list[str], environ: Mapping[str, str]) -> boo
         for line in preset.near_misses(environ):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     if mode in MODES:
-        t.extra(MODES[mode]).main(words)
+        module = t.extra(MODES[mode])
+        if {"--help", "-h"} & {*words} and mode != "sample":  # which has options, and lists them
+            print(module.__doc__, flush=True)
+        else:
+            module.main(words)
     elif {"--help", "-h"} & {mode, *words}:
         preset.print_help()
     else:

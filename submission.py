@@ -2,7 +2,7 @@
 
     --out FILE        where to write; default: submission.json in the folder that holds the logs
     --readme FILE     the table also goes between `<!-- results -->` and `<!-- /results -->` of FILE
-    --preset FILE     the means also become the `# Expected:` comment of this preset
+    --preset FILE     the means also go into the `# Expected:` comment of this preset
     --baseline LOG..  (or a submission.json) compare: Welch's t-test and the 0.005-nats rule
     --program FILE    refuse logs that another program wrote
     --draft           write even where findings would refuse; they stay in submission.json

@@ -157,7 +157,7 @@ def test_audit_says_which_check_did_not_hold(folder, main, monkeypatch):
     (["audit", "nowhere"], "nowhere/final_model.int6.ptz: no artifact; train first"),
     (["audit"], "final_model.int6.ptz: no artifact; train first"),
     (["audit", "a", "b"], "usage: python train_gpt.py audit [FOLDER]"),
-    (["audit", "--help"], "usage: python train_gpt.py audit [FOLDER]")])
+    (["audit", "--hepl"], "usage: python train_gpt.py audit [FOLDER]")])
 def test_wrong_words_after_audit_are_one_line(main, arguments, words):
     code, out, err = main(*arguments)
     assert (code, out) == (2, "")

@@ -127,3 +127,15 @@ def test_missing_validation_data_is_said_before_the_model(program):
         path.unlink()
     code, out, err = program()
     assert (code, out) == (2, "") and "fineweb_val_*.bin: no such file" in err
+
+
+@pytest.mark.parametrize("mode", guide.MODES)
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_every_mode_has_help(monkeypatch, capsys, mode, word):
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", mode, word])
+    try:
+        code = t.main()
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "") and f"python train_gpt.py {mode}" in out
