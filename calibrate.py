@@ -168,6 +168,16 @@ def report(marks: list[float], changes: list[int], waited: float, recorded: int,
                               "rows_without_graph": graph_cache.loose}
 
 
+def compare(steps: float, cfg: t.Config, rt: t.Runtime) -> None:
+    """Log the tokens of so many steps against the record's on 8 H100s."""
+    record, pace, size = REFERENCE
+    percent = 100 * (steps * cfg.train_batch_tokens / (record * size) - 1)
+    rule = f", by a rule of thumb {-BPB_A_PERCENT * percent:+.4f} BPB" if percent > -50 else ""
+    more = steps * cfg.train_batch_tokens / size - record
+    rt.log(f"reference: 8 H100s ran {record} steps of {size:,} tokens, {pace} ms each; this is "
+           f"{percent:+.1f}%, {more:+.0f} such steps{rule}")
+
+
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> None:
     """`python train_gpt.py calibrate`: all figures, a line each."""
     t.require(not arguments, "usage: python train_gpt.py calibrate (settings: the environment)")
@@ -196,12 +206,8 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> None:
         total = sum(share * steps * seconds[stage] for stage, share in stages.items())
         rt.log(f"expected: {steps} steps, {steps * cfg.train_batch_tokens:,} tokens in {total:.0f} "
                "s, without a budget")
-    record, pace, size = REFERENCE
-    percent = 100 * (steps * cfg.train_batch_tokens / (record * size) - 1)
-    rule = f", by a rule of thumb {-BPB_A_PERCENT * percent:+.4f} BPB" if percent > -50 else ""
-    more = steps * cfg.train_batch_tokens / size - record
-    rt.log(f"reference: 8 H100s ran {record} steps of {size:,} tokens, {pace} ms each; this is "
-           f"{percent:+.1f}%, {more:+.0f} such steps{rule}")
+    if rt.device.type == "cuda" and cfg.model_dim == t.Config().model_dim:
+        compare(steps, cfg, rt)
     slowest = seconds[t.train_shapes(cfg)[-1]] / cfg.train_batch_tokens  # a token
     plain = TARGETS * slowest / 3  # forward alone
     if cfg.ttt_enabled:

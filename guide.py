@@ -2,6 +2,8 @@
 CPU, where its files lie and what to do next. train_gpt.py does without where this file is missing.
 """
 
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +14,64 @@ import preset
 import train_gpt as t
 
 SHARE = 0.5  # of that speed which a whole model reaches, roughly
+MODES = {"audit": "finished", "sample": "sample", "calibrate": "calibrate"}  # argument: module
 SHORT, LONG = 60.0, 3600.0  # seconds: not worth a word; a smaller model is proposed
+
+
+def another_mode(mode: str, words: list[str], environ: Mapping[str, str]) -> bool:
+    """Do what `python train_gpt.py MODE WORDS` asks for; False where it asks for a run. Variables
+    that nothing reads are warned about first, so that the warning stands above any error.
+    UserError for a mode that there is not."""
+    if environ.get("RANK", "0") == "0":
+        for line in preset.near_misses(environ):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    if mode in MODES:
+        module = t.extra(MODES[mode])
+        if {"--help", "-h"} & {*words} and mode != "sample":  # which has options, and lists them
+            print(module.__doc__, flush=True)
+        else:
+            module.main(words)
+    elif {"--help", "-h"} & {mode, *words}:
+        preset.print_help()
+    else:
+        t.require(not mode, f"{mode}: {no_mode(mode)}")
+        return False
+    return True
+
+
+def no_mode(word: str) -> str:
+    """What to do instead of giving this word as an argument."""
+    name, sign, _ = word.partition("=")
+    if sign and (name in t.SETTINGS or name == "PRESET"):
+        return (f"a setting stands before the command: {shlex.quote(word)} python train_gpt.py; "
+                "see --help")
+    if word.startswith("-") or sign:
+        return "settings are environment variables; see --help"
+    return f"no such mode{preset.nearest(word, MODES)}; there are: {', '.join(MODES)}; see --help"
+
+
+def data_remedy(cfg: t.Config) -> str:
+    """What to do where there are no shards: the command that makes those of these settings."""
+    root = shlex.quote(cfg.data_dir.rstrip("/") or "/")
+    if Path(cfg.data_dir).name == "demo":
+        make = (f"--demo {root} --train-tokenizer --vocab-size {cfg.vocab_size} --val-docs 32 "
+                f"--out {root}")
+    elif cfg.caseops_enabled and cfg.vocab_size == t.Config().vocab_size:
+        make = f"--download caseops --train-shards 80 --out {root}"
+    else:
+        make = (f"--docs FILE.jsonl --train-tokenizer --vocab-size {cfg.vocab_size} --out {root}")
+    text = (f"set DATA_PATH to the folder with the shards, or make them: "
+            f"python prepare_caseops_data.py {make}")
+    if not torch.cuda.is_available() and "--demo" not in make:
+        text += ("; without a GPU take the demo, ./run_3seed.sh cpu_demo, which makes its data and "
+                 "runs PRESET=cpu_demo")
+    return text
 
 
 def before(cfg: t.Config, rt: t.Runtime, environ: Mapping[str, str]) -> None:
     """Lines for the log before anything is computed."""
-    for line in preset.near_misses(environ):
-        rt.log(f"warning: {line}")
+    for line in preset.near_misses(environ):  # the console has them from `another_mode`
+        rt.log(f"warning: {line}", console=False)
     if rt.device.type == "cpu" and rt.rank == 0:
         speed = rt.world * flops_per_second(cfg.model_dim)
         if text := estimate(cfg, speed, validation_tokens(cfg)):
@@ -96,6 +149,18 @@ def estimate(cfg: t.Config, speed: float, targets: int) -> str:
     return text
 
 
+def again(cfg: t.Config, rt: t.Runtime) -> str:
+    """The settings of this run as they stand before a command: its preset, and what differs."""
+    named = rt.record.get("preset", "none")
+    root = Path(t.__file__).parent
+    known = (root / "presets" / f"{named}.env").is_file()
+    base = t.Config.from_env({"PRESET": named}, root, {}, check=False) if known else t.Config()
+    given = {"PRESET": named} if known else {}
+    own = t.NOT_OF_A_RUN | {"PREQUANT_ONLY", "INIT_FROM"}
+    given |= {name: text for name, text in t.changed(cfg, base).items() if name not in own}
+    return "".join(f"{name}={shlex.quote(text)} " for name, text in given.items())
+
+
 def after(cfg: t.Config, rt: t.Runtime, folder: Path) -> None:
     """Where everything lies, and the next command."""
     names = {"model": t.MODEL_FILE, "artifact": t.ARTIFACT_FILE, "program": t.PROGRAM_FILE}
@@ -108,7 +173,7 @@ def after(cfg: t.Config, rt: t.Runtime, folder: Path) -> None:
     rt.log(f"files: {'; '.join([f'log {rt.log_path}', *found])}")
     place = f"ARTIFACT_DIR={folder} " if cfg.artifact_dir else ""
     if cfg.prequant_only:
-        rt.log(f"next: QUANTIZE_ONLY=1 {place}with the same settings, to quantise and score it")
+        rt.log(f"next: {again(cfg, rt)}QUANTIZE_ONLY=1 {place}python train_gpt.py")
     elif not cfg.ttt_eval_only:
         rt.log(f"next: python submission.py --draft --report {folder}/report.html {rt.log_path}")
         rt.log(f'or:   {place}python train_gpt.py sample "Once upon"')

@@ -173,6 +173,9 @@ def check_settings(run: dict[str, Any], text: str) -> list[str]:
                      "target's class")
     if forced := re.search(r"^ *force_stop_step: ([1-9]\d*)", text, re.MULTILINE | re.IGNORECASE):
         found.append(f"FORCE_STOP_STEP={forced[1]}: the clock did not end training")
+    if start := re.search(r"^ *init_from: *(\S.*)$", text, re.MULTILINE | re.IGNORECASE):
+        found.append(f"INIT_FROM={start[1].strip()}: training began with weights of another run, "
+                     "whose time is in no clock of this log")
     if re.search(r"^ *smear_gate_bos_fix: (0|False)", text, re.MULTILINE | re.IGNORECASE):
         found.append("SMEAR_GATE_BOS_FIX=0: SmearGate reads across documents")
     if run.get("illegal"):

@@ -246,7 +246,8 @@ def _run(command, name):
 
 
 def main(argv=None):
-    """Command line: returns the exit code (0 well, 1 check failed, 2 bad input)."""
+    """Command line: returns the exit code (0 well, 1 check failed, 2 bad input, 130
+    Ctrl-C)."""
     parser = argparse.ArgumentParser(
         prog="lossless_caps.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,6 +260,9 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
     except BrokenPipeError:  # the reader went away (| head): not worth a word
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except OSError as e:
         print(f"error: {e.filename or 'output'}: {e.strerror}; check the name, the rights and "
               "the free space", file=sys.stderr)

@@ -84,6 +84,9 @@ except ModuleNotFoundError as missing:
     print(f"error: {missing.name} is not installed; source .venv/bin/activate, or pip install -r "
           "requirements.txt", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 PROGRAM_VERSION = "1.1"
 MANIFEST_FORMAT = 1

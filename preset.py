@@ -6,7 +6,7 @@ without."""
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import train_gpt as t
@@ -53,8 +53,11 @@ def read(name: str, folder: Path, where: str = "PRESET",
     comes first, if at all, and starts from another one, beside it or here. `where` asks for this
     preset, `above` are those that started from it. UserError for a file that is not such."""
     path = Path(name) if name.endswith(".env") else folder / "presets" / f"{name}.env"
-    known = ", ".join(sorted(p.stem for p in (folder / "presets").glob("*.env")))
-    t.require(path.is_file(), f"{where}={name}: no file {path}; presets here: {known or 'none'}")
+    if not path.is_file():
+        known = sorted(p.stem for p in (folder / "presets").glob("*.env"))
+        near = nearest(path.stem, known)
+        raise t.UserError(
+            f"{where}={name}: no file {path}{near}; presets here: {', '.join(known) or 'none'}")
     above = path.resolve(), *above
     t.require(above[0] not in above[1:],
               f"{where}={name}: this preset starts from itself; break it")
@@ -75,6 +78,12 @@ def read(name: str, folder: Path, where: str = "PRESET",
             found.pop(t.COUNTS.get(key), None)
             found[key] = value, f"{path}:{number}: {key}"
     return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" for the known word that is most like this one, "" where none is."""
+    near = difflib.get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def suggest(name: str) -> str:

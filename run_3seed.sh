@@ -13,6 +13,7 @@
 # more threads wait for each other, and on a busy machine that costs several times the run.
 set -euo pipefail
 cd "$(dirname "$0")"
+trap 'echo "run_3seed.sh: interrupted; finished seeds are kept, the same command runs the rest" >&2; exit 130' INT
 
 overwrite=0 preset=${PRESET:-}
 for word in "$@"; do
@@ -28,7 +29,10 @@ if command -v nvidia-smi > /dev/null; then gpus=$(nvidia-smi -L 2> /dev/null | g
 if [ -z "$preset" ]; then preset=$([ "$gpus" -gt 0 ] && echo best || echo cpu_demo); fi
 preset=$(basename "$preset" .env)
 if [ ! -f "presets/$preset.env" ]; then
-  echo "error: no preset presets/$preset.env; there are: $(basename -s .env presets/*.env | xargs)" >&2
+  near=$(basename -s .env presets/*.env | python3 -c 'import difflib, sys
+near = difflib.get_close_matches(sys.argv[1], sys.stdin.read().split(), 1)
+print(f"; did you mean {near[0]}?" if near else "")' "$preset" 2> /dev/null || true)
+  echo "error: no preset presets/$preset.env$near; there are: $(basename -s .env presets/*.env | xargs)" >&2
   exit 2
 fi
 

@@ -2,6 +2,7 @@
 
     --out FILE        where to write; default: submission.json in the folder that holds the logs
     --readme FILE     the table also goes between `<!-- results -->` and `<!-- /results -->` of FILE
+    --preset FILE     the means also go into the `# Expected:` comment of this preset
     --baseline LOG..  (or a submission.json) compare: Welch's t-test and the 0.005-nats rule
     --program FILE    refuse logs that another program wrote
     --draft           write even where findings would refuse; they stay in submission.json
@@ -23,6 +24,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import claims
 from baseline import compare, verdict
@@ -96,6 +98,24 @@ def fill_readme(text: str, path: Path, rows: str) -> str:
     return marks.sub(lambda found: f"{found[1]}{rows}\n{found[2]}", text)
 
 
+def fill_preset(text: str, path: Path, summary: dict[str, Any], steps: list[int]) -> str:
+    """A preset's text with the means in its `# Expected:` comment, in the words that report.py
+    looks for; UserError where it has no such comment, or the logs no such means."""
+    comment = re.compile(r"^# Expected: .*(?:\n#  +.*)*", re.MULTILINE)
+    names = ("prequant_val_bpb_mean", "quantized_val_bpb_mean", "val_bpb_mean", "bytes_total_mean")
+    missing = [name for name in names if name not in summary]
+    if missing or not steps:
+        raise UserError(f"{path}: the logs give no {', '.join(missing) or 'steps'} to expect")
+    if not comment.search(text):
+        raise UserError(f"{path}: the comment # Expected: is missing")
+    before, quantised, trained, size = (summary[name] for name in names)
+    lines = (f"# Expected: {statistics.mean(steps):,.0f} steps, {size:,.0f} bytes, {before:.5f} "
+             "BPB before quantisation,",
+             f"#   {quantised:.5f} BPB quantised, {trained:.5f} BPB test-time trained (mean of "
+             f"{summary['runs']} seeds).")
+    return comment.sub(lambda _: "\n".join(lines), text, count=1)
+
+
 def default_out(logs: list[Path]) -> Path:
     """submission.json in the folder that holds all logs. UserError where that would replace a file
     that this program did not write, or the one that belongs to this repository."""
@@ -124,6 +144,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write submission.json; "
                         "default: the folder that holds the logs")
     parser.add_argument("--readme", type=Path, help="also put the table into this file")
+    parser.add_argument("--preset", type=Path, metavar="ENV",
+                        help="also put the means into the # Expected: comment of this preset")
     parser.add_argument("--baseline", type=Path, nargs="+", metavar="LOG",
                         help="a submission.json, or logs; where no LOG stands elsewhere, the first "
                         "is the baseline and the rest are the logs")
@@ -159,6 +181,10 @@ def submit(told: argparse.Namespace) -> list[str]:
     if told.readme:
         text = told.readme.read_text(encoding="utf-8")
         files.append((told.readme, fill_readme(text, told.readme, rows)))
+    if told.preset:
+        steps = [run["steps"] for run in submission["seeds"] if run["steps"]]
+        text = told.preset.read_text(encoding="utf-8")
+        files.append((told.preset, fill_preset(text, told.preset, submission["summary"], steps)))
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in files:
         write(path, text)
@@ -212,6 +238,9 @@ def main() -> int:
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; files are whole, the old ones or the new", file=sys.stderr)
+        return 130
     return code
 
 

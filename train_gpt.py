@@ -58,9 +58,9 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-except ModuleNotFoundError as error:
-    print(f"error: {error.name} {NEEDED}", file=sys.stderr)
-    sys.exit(2)
+except (ModuleNotFoundError, KeyboardInterrupt) as error:
+    print(f"error: {error.name} {NEEDED}" if error.args else "interrupted", file=sys.stderr)
+    sys.exit(2 if error.args else 130)
 
 
 # ==================================================================================================
@@ -101,7 +101,7 @@ class Config:
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
     run_id: str = setting("", "name of the log; default: date, time and process")
-    artifact_dir: str = setting("", "folder for log, model, artifact; default: logs/ and .")
+    artifact_dir: str = setting("", "folder for log, model, artifact; default: runs/ and .")
     data_dir: str = setting("./data/", "root under which data sets are looked for")
     data_path: str = setting("", "folder with the shards; default: the CaseOps set under DATA_DIR")
     tokenizer_path: str = setting("", "SentencePiece model; given: checked against the data")
@@ -2272,8 +2272,8 @@ def load_split(cfg: Config, split: str) -> TokenStream:
     """The shards of train or val in order; byte sidecars, alike in name, are left out."""
     folder, pattern = data_folder(cfg), f"fineweb_{split}_*.bin"
     found = sorted(p for p in folder.glob(pattern) if "_bytes_" not in p.name)
-    require(found, f"{folder}/{pattern}: no such file; set DATA_PATH, or make the data with "
-            "prepare_caseops_data.py (see README.md)")
+    remedy = not found and (guide := extra("guide", needed=False)) and guide.data_remedy(cfg)
+    require(found, f"{folder}/{pattern}: no such file; {remedy or 'set DATA_PATH to its folder'}")
     gap = next((x for x in enumerate(found) if not re.search(f"_0*{x[0]}$", x[1].stem)), None)
     require(not gap, f"{gap and gap[1]}: shard {gap and gap[0]} before it is missing; fetch it")
     stream = TokenStream(found)
@@ -2330,7 +2330,6 @@ def check_tokenizer(cfg: Config, manifest: Path, told: dict) -> None:
         return
     path = Path(cfg.tokenizer_path)
     from sentencepiece import SentencePieceProcessor
-
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (RuntimeError, OSError):
@@ -4383,7 +4382,6 @@ def load_state(model: GPT, path: Path, log: Callable[[str], Any] = str) -> None:
 # ==================================================================================================
 # §15 Main
 # ==================================================================================================
-MODES = {"audit": "finished", "sample": "sample", "calibrate": "calibrate"}  # argument: module
 PROGRAM_DIGEST = hashlib.sha256(__program__).hexdigest()  # of what runs, as it was at the start
 
 
@@ -4518,11 +4516,12 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
             f"SCORES_PATH={scores}: must be a FILE.npz in a folder that exists")
     kind = "-audit" if audit else "-rescoring" * cfg.ttt_eval_only  # no litter beside the artifact
     run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{kind}"
-    beside = cfg.artifact_dir and (cfg.run_id or not kind)
-    rt.open_log((folder if beside else Path("logs")) / f"{run_id}.txt")
+    for split in ("train", "val")[cfg.ttt_eval_only:]:
+        load_split(cfg, split)  # refuses what is missing, before anything is written
+    beside, identity = cfg.artifact_dir and (cfg.run_id or not kind), check_data(cfg)
+    rt.open_log((folder if beside else Path("runs")) / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
-    identity = check_data(cfg)
     attention = agree_on(choose_attention(rt.device, rt.dtype, cfg.attention), rt)
     base = Config.from_env({"PRESET": environ.get("PRESET", "")}, root, own, check=False)
     named = environ.get("PRESET") or own.get("PRESET") or "none"
@@ -4570,18 +4569,14 @@ def main(age: float = 0.0) -> int:
     """Exit code: 0, or after one line on standard error 2 (a mistake to mend), 130 (Ctrl-C)."""
     mode, *rest = sys.argv[1:] or [""]
     try:
-        if mode in MODES:
-            extra(MODES[mode]).main(rest)
-        elif {"--help", "-h"} & {mode, *rest}:
-            extra("preset").print_help()
-        else:
-            require(not mode, f"{mode}: settings are environment variables; see --help")
+        guide = extra("guide", needed=bool(mode))
+        if not guide or not guide.another_mode(mode, rest, os.environ):
             run(os.environ, age)
     except (UserError, ModuleNotFoundError) as error:
         missing = isinstance(error, ModuleNotFoundError)
         text, code = f"error: {f'{error.name} {NEEDED}' if missing else error}", 2
     except KeyboardInterrupt:
-        text, code = "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on", 130
+        text, code = "interrupted" + "; CHECKPOINT_EVERY_SECONDS lets it go on" * (not mode), 130
     except RuntimeError:  # perhaps of a collective: then the heartbeat's message names who is gone
         if dist.is_initialized():
             time.sleep(6)
@@ -4592,10 +4587,14 @@ def main(age: float = 0.0) -> int:
         return 0
     if is_first_to_fail():
         print(text, file=sys.stderr, flush=True)
-    if dist.is_initialized() or code == 130:
+    if dist.is_initialized() or code == 130 or __name__ == "__main__":
         os._exit(code)  # others may be inside a collective, threads at work: nothing waits for them
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(process_age()))
+    try:
+        sys.exit(main(process_age()))
+    except KeyboardInterrupt:  # while an error was handled, or at the very end
+        print("interrupted", file=sys.stderr)
+        os._exit(130)

@@ -25,7 +25,7 @@ SECTIONS = {
     11: ("Test-time training", 479), 12: ("N-gram", 89), 13: ("Score adjustment", 66),
     14: ("Training", 300), 15: ("Main", 219),
 }
-MOST_LINES = 4601
+MOST_LINES = 4600
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {

@@ -299,7 +299,7 @@ def val_missing(folder):
     (sidecar_dangling, r"fineweb_val_bytes_000000\.bin: the byte sidecar .* is missing"),
     (val_gap, r"fineweb_val_000001\.bin: shard 0 before it is missing; fetch it"),
     (val_folder, r"fineweb_val_000000\.bin: a folder; prepare"),
-    (val_missing, r"fineweb_val_\*\.bin: no such file; set DATA_PATH, or make the data"),
+    (val_missing, r"fineweb_val_\*\.bin: no such file; set DATA_PATH to .*prepare_caseops"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_validation_sets_are_refused(data, damage, words):
     damage(data)

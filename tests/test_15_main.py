@@ -154,7 +154,33 @@ def test_ctrl_c_is_one_line(tmp_path):
     run = launch(settings, tmp_path, interrupt="train_loss: ")
     assert run.returncode == 130
     assert run.stderr == (
-        "interrupted; with CHECKPOINT_EVERY_SECONDS the same command goes on\n")
+        "interrupted; CHECKPOINT_EVERY_SECONDS lets it go on\n")
+
+
+@pytest.mark.parametrize("late", ["while an error is told", "at the end", "while it imports"])
+def test_ctrl_c_at_any_time_is_one_line(tmp_path, late):
+    """Planted: the first time one of these is called, Ctrl-C comes."""
+    where = {"while an error is told": "torch.distributed.is_initialized",
+             "at the end": "torch.distributed.is_initialized", "while it imports": ""}[late]
+    words = ["--help"] if late == "at the end" else ["smaple"]
+    (tmp_path / "driver.py").write_text(f"""
+import os, runpy, signal, sys
+sys.argv = ["train_gpt.py", *{words!r}]
+sys.path.insert(0, {str(ROOT)!r})
+def interrupt(*given):
+    if not given or "numba" in given:
+        raise KeyboardInterrupt
+if {where!r}:
+    import torch.distributed
+    {where or "x"} = interrupt
+else:
+    class Finder:
+        find_spec = staticmethod(interrupt)
+    sys.meta_path.insert(0, Finder())
+runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
+""")
+    run = launch({}, tmp_path, tmp_path / "driver.py")
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(("settings", "name", "differs"), [
@@ -263,14 +289,14 @@ def test_help_lists_every_setting(monkeypatch, capsys):
 
 
 def test_default_places(tmp_path):
-    """Without ARTIFACT_DIR the log goes to logs/, model, artifact and program beside it; and one
-    wrong setting, in a process of its own, is one line."""
+    """Without ARTIFACT_DIR the log goes to runs/, which git ignores, model, artifact and program
+    beside it; and one wrong setting, in a process of its own, is one line."""
     settings = {**TINY, "DATA_PATH": write_data(tmp_path / "data"), "ITERATIONS": 1,
                 "TTT_ENABLED": 0, "RUN_ID": "mine"}
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
-    assert said(tmp_path / "logs" / "mine.txt") == run.stdout
+    assert said(tmp_path / "runs" / "mine.txt") == run.stdout
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"data", "logs", "final_model.pt", "final_model.int6.ptz", "final_program.py"}
+    assert names == {"data", "runs", "final_model.pt", "final_model.int6.ptz", "final_program.py"}
     run = launch({**settings, "MODEL_DIMM": 3}, tmp_path)
     one_line((run.returncode, run.stdout, run.stderr))

@@ -60,7 +60,28 @@ def test_names_of_other_programs_name_settings_of_ours():
 def test_a_run_warns(program):
     code, out, err = program(PREQUANT_ONLY=1, ITERATIONS=1, LEARNING_RATE=1)
     assert code == 0, err
-    assert out.count("warning: LEARNING_RATE=1 is not read; the setting is MATRIX_LR") == 1
+    warning = "warning: LEARNING_RATE=1 is not read; the setting is MATRIX_LR"
+    assert err.startswith(warning) and err.count("\n") == 1
+    assert (program.out / "log.txt").read_text().count(warning) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"TTT_RNAK": 80}, {"PRESET": "nosuch"}, {"NUM_HEADS": 5},
+                                   {"WORLD_SIZE": 3}, {"DATA_PATH": "/nowhere"}],
+                         ids=lambda wrong: next(iter(wrong)))
+def test_near_misses_stand_above_an_error(program, wrong):
+    code, out, err = program(LR=1, **wrong)
+    first, second = err.splitlines()
+    assert (code, out) == (2, "") and second.startswith("error: ")
+    assert first.startswith("warning: LR=1 is not read; the setting is MATRIX_LR")
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("cpu_dmo", "cpu_demo"), ("pr1885", "pr1855"), ("Best", "best"), ("xyzzy", "")])
+def test_a_misspelt_preset_gets_the_nearest(program, name, near):
+    code, out, err = program(PRESET=name)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert (f"; did you mean {near}?" in err) if near else ("did you mean" not in err)
+    assert {*PRESETS} <= {*err.strip().partition("presets here: ")[2].split(", ")}
 
 
 def test_help_may_be_cut_short():

@@ -121,6 +121,19 @@ def test_presets_say_what_they_expect(preset):
     assert bool(report.published_of(preset)) == bool(re.search(r"[Pp]ublished \d", told))
 
 
+def test_expected_stands_beside_measured_for_every_stage(logs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PLOTS", ())
+    for path in logs:
+        path.write_text("preset: cpu_demo\n" + path.read_text())
+    report.write(logs, tmp_path / "r.html")
+    text, told = (tmp_path / "r.html").read_text(), report.expected_of("cpu_demo")
+    for name, label in report.LABELS.items():
+        if name.endswith("bpb"):
+            want = re.search(report.EXPECTED[name][0], told)[1]
+            mean = sum(report.Log(path).figures[name] for path in logs) / len(logs)
+            assert f"<tr><td>{label}</td><td>{want}</td><td>{mean:.5f}</td></tr>" in text
+
+
 @pytest.mark.parametrize("preset", ["", "none", "../presets/pr1855", "a b"])
 def test_a_preset_that_is_not_there_expects_nothing(preset):
     assert report.expected_of(preset) == report.published_of(preset) == ""

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.tools import ROOT
+from tests.tools import ROOT, hear_ctrl_c
 
 # writes down its arguments and environment; a run of train_gpt.py leaves a log as FAKE_* say
 FAKE = """#!/usr/bin/env bash
@@ -35,7 +35,7 @@ def start(tmp_path):
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "small.env").write_text("# nothing\n")
 
-    def call(*words, gpus=0, **changes):
+    def call(*words, gpus=0, new_session=False, **changes):
         if gpus:
             path = tmp_path / "bin" / "nvidia-smi"
             path.write_text(f"#!/usr/bin/env bash\nfor n in $(seq {gpus}); do echo GPU $n; done\n")
@@ -45,7 +45,9 @@ def start(tmp_path):
                **{name: str(value) for name, value in changes.items()}}
         (tmp_path / "calls").write_text("")
         return subprocess.run([tmp_path / "run_3seed.sh", *words], env=env, text=True,
-                              capture_output=True, timeout=60, check=False)
+                              capture_output=True, timeout=60, check=False,
+                              start_new_session=new_session,
+                              preexec_fn=hear_ctrl_c if new_session else None)
     call.folder = tmp_path
     return call
 
@@ -143,6 +145,20 @@ def test_help(script, tmp_path):
 def test_an_unknown_preset_names_those_that_are_there(start):
     run = start("smal")
     assert run.returncode == 2 and "there are: small" in run.stderr
+    assert "no preset presets/smal.env; did you mean small?; there are" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert "did you mean" not in start("xyz").stderr
+
+
+def test_ctrl_c_says_what_is_kept(start):
+    """The child ends with 130 as train_gpt.py does; no other seed begins."""
+    fake = start.folder / "bin" / "python"
+    fake.write_text(fake.read_text().replace('  *"train_gpt.py")', '  *"train_gpt.py")\n'
+                                             '    kill -INT 0; sleep 9; exit 130'))
+    run = start("small", new_session=True)
+    assert run.returncode == 130
+    assert run.stderr.count("interrupted; finished seeds are kept") == 1
+    assert trained(start.folder) == 1
 
 
 def test_the_log_it_looks_for_is_the_programs(program):

@@ -414,3 +414,55 @@ def test_the_record_2118_is_found_out(tmp_path):
     assert "val_bpb 1.04350 is not in the logs: their mean is 1.05770" in found
     assert any("evaluation 605.5 s from the process's start is over 600 s" in x for x in found)
     assert sum("illegal gates: within_gate=9866847" in x for x in found) == 3
+
+
+def test_weights_of_another_run_are_no_start_from_scratch(tmp_path):
+    """INIT_FROM: that run's training is in no clock of this log."""
+    (path,) = write_logs(tmp_path, (42, 1.06))
+    assert not any("INIT_FROM" in line for line in s.read_log(path)[0]["findings"])
+    for given, found in (("", False), ("runs/a/final_model.pt", True)):
+        changed = path.with_name(f"log{found}.txt")
+        changed.write_text(path.read_text().replace(
+            "  model_dim: 512\n", f"  model_dim: 512\n  init_from: {given}\n"))
+        told = [line for line in s.read_log(changed)[0]["findings"] if "INIT_FROM" in line]
+        assert bool(told) == found
+        if found:
+            assert told[0].startswith("INIT_FROM=runs/a/final_model.pt: training began with")
+            with pytest.raises(s.UserError, match="INIT_FROM"):
+                s.build([changed])
+
+
+def test_a_preset_gets_the_means_of_the_logs(tmp_path, monkeypatch, capsys):
+    """--preset writes what report.py reads; cpu_demo's figures are those of its logs."""
+    report = pytest.importorskip("report")
+    preset = tmp_path / "cpu_demo.env"
+    text = (ROOT / "presets/cpu_demo.env").read_text()
+    preset.write_text(re.sub(r"^# Expected: .*\n(?:#  +.*\n)*", "# Expected: -\n#   more\n", text,
+                             flags=re.MULTILINE))
+    logs = [str(path) for path in sorted((ROOT / "logs").glob("cpu_demo_seed*.txt"))]
+    monkeypatch.setattr(s.sys, "argv", ["submission.py", "--draft", "--out",
+                                        str(tmp_path / "o.json"), "--preset", str(preset), *logs])
+    assert s.main() == 0, capsys.readouterr().err
+    assert preset.read_text() == text
+    told = report.expected_of("cpu_demo")
+    means = json.loads((tmp_path / "o.json").read_text())["summary"]
+    for name in ("prequant_val_bpb", "quantized_val_bpb", "val_bpb"):
+        assert re.search(report.EXPECTED[name][0], told)[1] == f"{means[f'{name}_mean']:.5f}"
+    preset.write_text("SEED=1\n")
+    assert s.main() == 2 and "# Expected: is missing" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    """Of every program with a command line of its own."""
+    import lossless_caps
+    import prepare_caseops_data
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    for module, name in ((s, "run"), (lossless_caps, "_run"), (prepare_caseops_data, "run")):
+        monkeypatch.setattr(module, name, interrupt)
+    monkeypatch.setattr(s.sys, "argv", ["submission.py", "x"])
+    for main in (s.main, lambda: lossless_caps.main(["check"]),
+                 lambda: prepare_caseops_data.main(["--audit", "x"])):
+        code, (out, err) = main(), capsys.readouterr()
+        assert (code, out) == (130, "") and err.startswith("interrupted") and err.count("\n") == 1
