@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import train_gpt as t
 
-FORMAT = 1
+FORMAT = 2
 # Seconds between signs of life; without one until a rank counts as dead (compiling holds the
 # interpreter for tens of them); without an answer of the store until its host counts as gone.
 BEAT, SILENT, UNREACHED = 2.0, 120.0, 90.0
@@ -191,6 +191,10 @@ class Scoring:
         files = keeper.folder.glob(f"checkpoint.ttt.{keeper.rt.rank}.*.pt")
         latest = max((int(path.name.split(".")[3]) for path in files), default=0)
         self.state = keeper.read(self.path(int(min(gathered(latest, keeper.rt)))))
+        world = self.state["world"] if self.state else keeper.rt.world
+        if world != keeper.rt.world:  # who scores what depends on it
+            raise t.UserError(f"{keeper.folder}: {world} process(es) began to score; go on with as "
+                              "many, or delete checkpoint.ttt.* there to score anew")
         self.at = tuple(self.state["at"]) if self.state else (0, 0)
 
     @property
@@ -232,7 +236,7 @@ class Scoring:
             return
         self.last = seconds
         keeper.write(self.path(at[0]), {
-            "at": list(at), "seconds": seconds, "done": self.advance.done,
+            "at": list(at), "world": keeper.rt.world, "seconds": seconds, "done": self.advance.done,
             "A": cpu(dict(adapter.lora.A)) if adapter else {},
             "model": cpu(self.model.state_dict()) if at[0] else {},
             "meter": cpu([self.meter.nats, self.meter.tokens, self.meter.bytes,
