@@ -27,6 +27,7 @@ import train_gpt as t
 from submission import LIMIT_BYTES, LIMIT_SECONDS
 
 DOCUMENTS, CHUNKS = 10, 2.5  # of the sample: how many documents, chunks of each
+CUTS = 8  # of the coding order, behind which all is changed
 BUCKETS = 256  # of a hashed table: a sample fills it as the whole set fills millions
 
 
@@ -308,12 +309,15 @@ def sample_of(val: t.ValSet, cfg: t.Config) -> t.ValSet:
 
 def small(cfg: t.Config) -> t.Config:
     """The evaluation that the settings choose, at the sample's size: fewer documents a batch and
-    in the phases, shorter rows. What decides about a token's score stays as it is."""
+    in the phases, shorter rows, a context that documents outgrow. What else decides about a
+    token's score stays as it is."""
     docs = 6 if cfg.phased_ttt_prefix_docs else 0
+    longest = 2 * max(cfg.ttt_chunk_size, *(int(chunk) for _, chunk in cfg.short_chunks), 1)
     return replace(
         cfg, compile=False, checkpoint_every_seconds=0.0, ttt_batch_size=2,
         phased_ttt_prefix_docs=docs, phased_ttt_num_phases=2, eval_seq_len=32,
         global_ttt_chunk_tokens=64, global_ttt_batch_seqs=2, ngram_min_tokens=0,
+        ttt_eval_seq_len=min(cfg.ttt_eval_seq_len, longest),
         ngram_buckets=min(cfg.ngram_buckets, BUCKETS), slot_context=min(cfg.slot_context, 16),
         val_batch_tokens=8 * int(3 * CHUNKS * cfg.ttt_chunk_size))
 
@@ -422,6 +426,21 @@ def check_order(bench: Bench, path: str, val: t.ValSet) -> Said:
             yield (f"changing {place(index, val)} of {what} changes the score of "
                    f"{place(early[0], val)}, placed before it ({len(early)} scores in all)",
                    "build tables over the coding order, and carry state along it only")
+    rng, text = np.random.default_rng(0), np.unique(val.ids[val.ids != t.BOS])
+    by_place = np.array(sorted(places, key=places.get))
+    for cut in np.linspace(0, len(by_place), CUTS, endpoint=False, dtype=int):
+        later, ids = by_place[cut:][val.ids[by_place[cut:]] != t.BOS], val.ids.copy()
+        ids[later] = rng.choice(text, len(later))
+        other, moved = in_order(bench, path, val._replace(ids=ids))
+        where = f"changing all from {place(int(by_place[cut]), val)} on, in the coding order,"
+        if moved != places:
+            yield (f"{where} changes that order",
+                   "let it depend on document lengths, settings and world size only")
+        early = [int(i) for i in by_place[:cut] if losses[i] != other.get(i)]
+        if early:
+            yield (f"{where} changes the score of {place(early[0], val)}, placed before it "
+                   f"({len(early)} scores in all)",
+                   "let a score depend on the artifact and what is placed before it only")
 
 
 def in_order(bench: Bench, path: str, val: t.ValSet) -> tuple[dict[int, float], dict[int, int]]:

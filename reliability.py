@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import train_gpt as t
 
-FORMAT = 1
+FORMAT = 2
 # Seconds between signs of life; without one until a rank counts as dead (compiling holds the
 # interpreter for tens of them); without an answer of the store until its host counts as gone.
 BEAT, SILENT, UNREACHED = 2.0, 120.0, 90.0
@@ -190,7 +190,12 @@ class Scoring:
         self.generator, self.advance, self.last = generator, advance, 0.0
         files = checkpointer.folder.glob(f"checkpoint.ttt.{checkpointer.rt.rank}.*.pt")
         latest = max((int(path.name.split(".")[3]) for path in files), default=0)
-        self.state = checkpointer.read(self.path(int(min(gathered(latest, checkpointer.rt)))))
+        ranks = checkpointer.rt
+        self.state = checkpointer.read(self.path(int(min(gathered(latest, ranks)))))
+        world = self.state["world"] if self.state else ranks.world
+        if world != ranks.world:  # who scores what depends on it
+            raise t.UserError(f"{checkpointer.folder}: {world} process(es) began to score; go on "
+                              "with as many, or delete checkpoint.ttt.* there to score anew")
         self.at = tuple(self.state["at"]) if self.state else (0, 0)
 
     @property
@@ -232,7 +237,8 @@ class Scoring:
             return
         self.last = seconds
         checkpointer.write(self.path(at[0]), {
-            "at": list(at), "seconds": seconds, "done": self.advance.done,
+            "at": list(at), "world": checkpointer.rt.world, "seconds": seconds,
+            "done": self.advance.done,
             "A": cpu(dict(adapter.lora.A)) if adapter else {},
             "model": cpu(self.model.state_dict()) if at[0] else {},
             "meter": cpu([self.meter.nats, self.meter.tokens, self.meter.bytes,

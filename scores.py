@@ -2,8 +2,8 @@
 
 The file holds one entry per scored target, in the order of the validation stream: `nats` float32,
 `bytes`, `document` int32, `order` int64 (each target's place in the coding order), and `meta`, JSON
-as text. Loss and BPB are computed again from them, and the order is checked: with targets coded in
-this order, nothing that a score reads may stand behind it.
+as text. Loss and BPB are computed again from them, and the order is checked: it must be the one
+that train_gpt.py's schedule gives for document lengths, settings and number of processes.
 """
 
 import json
@@ -115,6 +115,36 @@ def check_order(arrays: dict[str, np.ndarray]) -> list[str]:
     return found
 
 
+def check_schedule(arrays: dict[str, np.ndarray],
+                   meta: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(findings, what could not be compared): is `order` that of the schedule which document
+    lengths, settings and number of processes give? For a file whose entries are in order."""
+    try:
+        import train_gpt as t  # PyTorch is needed here alone
+    except ModuleNotFoundError as error:
+        return [], [f"order against the schedule ({error.name} is not installed)"]
+    document, world = arrays["document"], meta["world"]
+    if int(world) != world or world < 1:
+        return [f"world in meta is no number of processes: {world}"], []
+    ids = np.full(len(document) + 1, t.BOS + 1)
+    ids[:-1][np.diff(document, prepend=-1) > 0] = t.BOS
+    try:
+        cfg = t.Config.from_env({}, Path(), meta["settings"], check=False)
+        if cfg.ttt_enabled:
+            val = t.ValSet(ids, np.zeros(0, np.int32))
+            documents = sorted(t.make_schedule(val, cfg, int(world)).documents())
+            want = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
+        else:
+            want = np.arange(len(document))
+    except (t.UserError, TypeError, ValueError, ArithmeticError) as error:
+        return [], [f"order against the schedule (settings in meta: {str(error)[:120]})"]
+    wrong = np.argsort(want, kind="stable") != np.argsort(arrays["order"], kind="stable")
+    if not wrong.any():
+        return [], []
+    return [f"order is not the one that document lengths, settings and {int(world)} process(es) "
+            f"give: they differ at place {int(np.argmax(wrong)):,}"], []
+
+
 def _twice(order: np.ndarray) -> int:
     """The first target whose place in the order an earlier target has, too."""
     _, first = np.unique(order, return_index=True)
@@ -169,7 +199,11 @@ def check_scores(path: Path, logs: list[Path]) -> tuple[list[str], int]:
                 value == meta[name])
         if not same:
             found.append(f"{name}: the entries give {value}, meta says {meta[name]}")
-    found += check_entries(arrays) + check_order(arrays)
+    disorder = check_entries(arrays) + check_order(arrays)
+    found += disorder
+    if not disorder:
+        wrong, lacking = check_schedule(arrays, meta)
+        found, unknown = found + wrong, unknown + lacking
     for log in logs:
         wrong, lacking = against_log(meta, log)
         found, unknown = found + wrong, unknown + lacking

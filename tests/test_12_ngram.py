@@ -322,3 +322,17 @@ def test_illegal_settings_need_a_word_and_have_a_reason(environ):
     with pytest.raises(t.UserError, match="TOKENIZER_PATH"):
         tiny(**words)
     assert not tiny(ngram_mixer="exact", slot_enabled=True).illegal()
+
+
+@pytest.mark.parametrize("name", ["TOKEN_BOOST", "WITHIN_BOOST", "WORD_BOOST", "AGREE_ADD_BOOST"])
+def test_a_boost_stays_where_its_exponential_is_a_float32(name):
+    """From 89 on exp(boost) is infinite, and the score of every hinted target with it."""
+    with pytest.raises(t.UserError, match=f"{name}=90"):
+        t.Config.from_env({name: "90"})
+    p = torch.rand(5, 64).softmax(1)
+    for hint in ([0, 5, 9, -1, 63], p.argmax(1).tolist()):
+        hint = torch.tensor(hint)[:, None]
+        at = p.gather(1, hint.clamp(min=0))
+        for boost in (0.0, 2.625, 40.0):
+            new = t.tilt(-p.log(), at, torch.arange(64).expand(5, -1), hint, boost)
+            torch.testing.assert_close(new.neg().exp().sum(1), torch.ones(5), atol=1e-5, rtol=0)

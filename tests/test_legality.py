@@ -551,6 +551,49 @@ def test_row_19_an_order_by_content_or_none(monkeypatch, plant, words):
     assert any(words in text for text in ordered(tiny()))
 
 
+def test_row_19_a_look_at_the_middle_of_a_document(monkeypatch):
+    """Adapters of a batch start from a token in the middle of its last document."""
+    score = t.score_batch
+
+    def peek(adapter, batch, val, *rest):
+        with torch.no_grad():
+            for A in adapter.lora.A.values():
+                A.mul_(1 + 1e-3 * int(val.ids[(batch[-1].begin + batch[-1].end) // 2]))
+        score(adapter, batch, val, *rest)
+    monkeypatch.setattr(t, "score_batch", peek)
+    assert any("changing all from target" in text for text in ordered(tiny()))
+
+
+def test_row_19_an_order_by_what_stands_within(monkeypatch):
+    """By the third token of each document, which no change of its first or last one moves."""
+    schedule = t.make_schedule
+
+    def by_content(val, *rest):
+        def batches(documents, size):
+            found = sorted(documents, key=lambda doc: val.ids[min(doc.begin + 2, doc.end - 1)])
+            return [sorted(found[i:i + size], key=lambda doc: doc.targets)
+                    for i in range(0, len(found), size)]
+        monkeypatch.setattr(t, "document_batches", batches)
+        return schedule(val, *rest)
+    monkeypatch.setattr(t, "make_schedule", by_content)
+    assert any("changes that order" in text for text in ordered(tiny(phased_ttt_prefix_docs=0)))
+
+
+def test_row_09_only_where_documents_outgrow_the_context(monkeypatch):
+    """The audit's documents do, however long the context of the settings is."""
+    score = t.Adapter.score
+
+    def fitted(self, window, meter):
+        if int(window.at.max()) >= self.cfg.ttt_eval_seq_len - 1 and window.updates:
+            self.lora.rows = window.rows
+            (self.losses(window) * window.mask).sum().backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        return score(self, window, meter)
+    monkeypatch.setattr(t.Adapter, "score", fitted)
+    assert any(x.startswith("causality (ttt)") for x in found_in(tiny(ttt_eval_seq_len=4096)))
+
+
 def test_the_table_names_these_tests():
     """docs/legality.md is this file's table, with all results `caught`."""
     text = (ROOT / "docs" / "legality.md").read_text()

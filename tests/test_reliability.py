@@ -282,3 +282,32 @@ def test_a_large_shard_is_sampled_from_end_to_end(tmp_path):
         changed[max(0, at - 50_000):at + 50_000] += 1
         write_shard(path, changed)
         assert reliability.shard_digest(tmp_path) != digest
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("first, second", [((), TORCHRUN), (TORCHRUN, ())], ids=["1-2", "2-1"])
+def test_scoring_does_not_go_on_with_other_ranks(tmp_path, first, second):
+    """Who scores what depends on the number of processes: the rest would be scored twice or not."""
+    program = tmp_path / "dies.py"
+    program.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as t
+score, batches = t.score_batch, []
+def score_batch(*args):
+    batches.append(args)
+    if "DIE" in os.environ and len(batches) > 2:
+        time.sleep(2 * t.dist.is_initialized())
+        os._exit(9)
+    return score(*args)
+t.score_batch = score_batch
+sys.exit(t.main())
+""")
+    data, folder = write_data(tmp_path / "data"), tmp_path / "out"
+    given = dict(ITERATIONS=3, TTT_BATCH_SIZE=2)
+    assert start(folder, data, first, program, DIE=1, **given).wait(240) != 0
+    process = start(folder, data, second, program, **given)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode != 0 and "quantized_ttt_phased" not in out
+    count = 2 if first else 1
+    assert f"error: {folder}: {count} process(es) began to score; go on with as many" in err
+    finished(start(folder, data, first, program, **given))

@@ -31,7 +31,7 @@ def arrays():
 def meta(given, **changes):
     nats, size = float(given["nats"].sum(dtype=np.float64)), int(given["bytes"].sum())
     return {"artifact_sha256": "a" * 64, "program_sha256": "abc", "data": "data: folder",
-            "settings": {"SEED": "1"}, "world": 2, "val_loss": nats / len(given["nats"]),
+            "settings": {"TTT_BATCH_SIZE": "1"}, "world": 1, "val_loss": nats / len(given["nats"]),
             "val_bpb": nats / math.log(2) / size, "tokens": len(given["nats"]), "bytes": size,
             **changes}
 
@@ -101,6 +101,22 @@ def test_entries_and_order_are_checked(name, change, words, check):
     code, out, err = check(given, **figures)
     assert code == 1 and any(words in line for line in out.splitlines()
                              if line.startswith("finding: ")), out + err
+
+
+@pytest.mark.parametrize(("order", "changes", "words"), [
+    (np.arange(11), {}, "settings and 1 process(es) give: they differ at place 0"),
+    (None, {"world": 2}, "settings and 2 process(es) give: they differ at place 5"),
+    (None, {"world": 0}, "world in meta is no number of processes: 0"),
+    (None, {"settings": {}}, "differ at place 0"),
+    (None, {"settings": {"TTT_BATCH_SIZE": "1", "TTT_ENABLED": "0"}}, "differ at place 0")])
+def test_the_order_is_that_of_the_schedule(order, changes, words, check):
+    """Which lengths, settings and number of processes give: nobody may choose it afterwards."""
+    given = arrays()
+    given["order"] = given["order"] if order is None else order
+    code, out, _ = check(given, **changes)
+    assert code == 1 and words in out and "1 finding(s)" in out
+    code, out, _ = check(arrays(), settings={"NO_SUCH": "1"})
+    assert code == 0 and "not compared: order against the schedule (settings in meta: " in out
 
 
 def test_a_log_is_compared(check, tmp_path):
