@@ -154,7 +154,8 @@ def fuse_markers(model, name="tokenizer"):
     """
     sp = sentencepiece.SentencePieceProcessor()
     sp.LoadFromSerializedProto(model)
-    if not all(sp.is_control(i) and len(sp.id_to_piece(i)) < 99 for i in FUSED):
+    if not all(sp.is_control(i) for i in FUSED) \
+            or any(len(sp.id_to_piece(i).encode()) > 99 for i in range(3)):
         raise UserError(f"{name}: pieces 0 and 2 are not padding and end of sequence, so they are "
                         "not free; leave out --fuse-markers")
     parts, at = [], 0
