@@ -23,9 +23,8 @@ import sentencepiece
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from caseops.encoder import Encoder  # noqa: E402
-from caseops.export import batches  # noqa: E402
 from caseops.processors import processors  # noqa: E402
-from caseops.sources import Document  # noqa: E402
+from caseops.sources import Document, batches  # noqa: E402
 from tests.plain_caseops import plain_counts, plain_ids  # noqa: E402
 
 

@@ -17,9 +17,9 @@ What counts as a leak:
 - an empty document never.
 """
 
+import contextlib
 import dataclasses
 import filecmp
-import hashlib
 import re
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import sentencepiece
 import lossless_caps as caps
 from caseops import BOS, COUNT_LIMIT, SPACE_MARK, UserError, overlap
 from caseops.export import Loss, decode_documents, open_tokenizer, sidecar
+from caseops.shards import file_sha256
 from caseops.splits import (
     Split,
     document_spans,
@@ -64,36 +65,6 @@ class Finding:
     shard: str
     share: float
     text: str = ""
-
-
-@dataclasses.dataclass
-class Report:
-    """What an audit found; `exit_code` is 1 on a leak or a problem, else 0."""
-
-    folder: str
-    figures: dict = dataclasses.field(default_factory=dict)
-    problems: list = dataclasses.field(default_factory=list)
-    notes: list = dataclasses.field(default_factory=list)
-    whole: list = dataclasses.field(default_factory=list)
-    short: list = dataclasses.field(default_factory=list)
-    near: list = dataclasses.field(default_factory=list)
-    patterns: list = dataclasses.field(default_factory=list)
-
-    def leaking(self, findings):
-        """Whether one of the lists `whole`, `short`, `near` is a leak: the module's docstring."""
-        few = TOLERATED * self.figures["val_documents"]
-        return bool(findings) and (findings is self.whole or len(findings) > few
-                                   or bool(ordered_runs(findings)))
-
-    @property
-    def leaks(self):
-        """How many validation documents leak."""
-        return sum(len(x) for x in (self.whole, self.short, self.near) if self.leaking(x))
-
-    @property
-    def exit_code(self):
-        """For the command line."""
-        return int(bool(self.leaks or self.problems))
 
 
 def ordered_runs(findings):
@@ -132,17 +103,17 @@ def audit(folder, *, tokenizer=None, val=None, out=print, progress=None):
             wrong = next((f"; {s.path.name}: {s.problem}" for s in shards[name]), "")
             raise UserError(f"{folder}: no {name} shards that can be read{wrong}; give the "
                             "directory that holds both splits, or the other one with --val")
-    job = _Audit(folder, shards, {h: read_manifest(h) for h in homes}, out, progress)
-    job.open_tokenizer(tokenizer)
-    job.check_files()
-    job.read_validation()
-    job.check_blanks()
-    job.search_training()
-    job.check_hashes()
-    job.tell_overlap()
-    job.tell_loss()
-    job.verdict()
-    return job.report
+    report = Report(folder, shards, {h: read_manifest(h) for h in homes}, out, progress)
+    report.open_tokenizer(tokenizer)
+    report.check_files()
+    report.read_validation()
+    report.check_blanks()
+    report.search_training()
+    report.check_hashes()
+    report.tell_overlap()
+    report.tell_loss()
+    report.verdict()
+    return report
 
 
 def _validation_of(path):
@@ -163,54 +134,68 @@ def _validation_of(path):
 
 
 class _Tokens:
-    """Looks at every block of one split: the BOS in it, and ids that have no business there."""
+    """Looks at every token of one split for ids that have no business there."""
 
-    def __init__(self, vocabulary, textless, progress=lambda n: None):
+    def __init__(self, vocabulary, textless, progress):
         self.vocabulary, self.textless, self.progress = vocabulary, textless, progress
-        self.documents = self.highest = 0
+        self.highest = 0
         self.special = {}  # shard: how many ids without text but BOS
         self.too_high = {}  # shard: its highest id, where that is no piece
 
-    def look(self, block):
-        """int64: positions in the split of the BOS among the block's new tokens."""
-        fresh = block.tokens[block.old:]
-        low = np.flatnonzero(fresh < 4)
-        bos, low = low[fresh[low] == BOS], low[np.isin(fresh[low], self.textless)]
-        name = block.shard.path.name
-        if len(bos) < len(low):
-            self.special[name] = self.special.get(name, 0) + len(low) - len(bos)
-        highest = int(fresh.max())
-        self.highest = max(self.highest, highest)
-        if self.vocabulary and highest >= self.vocabulary:
-            self.too_high[name] = max(highest, self.too_high.get(name, 0))
-        if block.offset == 0 and not (len(bos) and bos[0] == 0):
-            self.documents += 1  # a fragment
-        self.documents += len(bos)
-        self.progress(2 * len(fresh))
-        return bos + (block.offset + block.old)
+    def watch(self, pieces):
+        """The pieces of a Split, each looked at as it passes."""
+        for shard, tokens in pieces:
+            name = shard.path.name
+            low = tokens[tokens < 4]
+            if n := int(np.isin(low[low != BOS], self.textless).sum()):
+                self.special[name] = self.special.get(name, 0) + n
+            highest = int(tokens.max())
+            self.highest = max(self.highest, highest)
+            if self.vocabulary and highest >= self.vocabulary:
+                self.too_high[name] = max(highest, self.too_high.get(name, 0))
+            self.progress(2 * len(tokens))
+            yield shard, tokens
 
 
-class _Audit:
-    """One audit under way; the methods are its steps, in the order in which `audit` takes them."""
+class Report:
+    """One audit: what it found, told to `out` as it goes. `exit_code` is 1 on a leak or a problem,
+    else 0. The methods after those are its steps, in the order in which `audit` takes them."""
 
     def __init__(self, folder, shards, manifests, out, progress):
         self.folder, self.shards, self.manifests, self.out = folder, shards, manifests, out
-        self.report = Report(str(folder))
-        self.figures = self.report.figures
-        self.encoder = self.vocabulary = self.path = self.counts = None
-        self.digests = {}  # (split, file name): sha256
+        self.figures = {}
+        self.problems, self.notes, self.patterns = [], [], []
+        self.whole, self.short, self.near = [], [], []  # Findings
+        self.counts = None
+        self.digests = {}  # file name: sha256
         self.splits = {name: Split(shards[name]) for name in ("train", "val")}
         self.done, self.total = 0, 2 * sum(map(len, self.splits.values()))
         self.progress = progress
 
+    def leaking(self, findings):
+        """Whether one of the lists `whole`, `short`, `near` is a leak: the module's docstring."""
+        few = TOLERATED * self.figures["val_documents"]
+        return bool(findings) and (findings is self.whole or len(findings) > few
+                                   or bool(ordered_runs(findings)))
+
+    @property
+    def leaks(self):
+        """How many validation documents leak."""
+        return sum(len(x) for x in (self.whole, self.short, self.near) if self.leaking(x))
+
+    @property
+    def exit_code(self):
+        """For the command line."""
+        return int(bool(self.leaks or self.problems))
+
     def error(self, line):
         """Something is wrong."""
-        self.report.problems.append(line)
+        self.problems.append(line)
         self.out(f"error: {line}")
 
     def note(self, line):
         """Worth knowing, not wrong."""
-        self.report.notes.append(line)
+        self.notes.append(line)
         self.out(f"note: {line}")
 
     def ok(self, line):
@@ -227,29 +212,32 @@ class _Audit:
     def open_tokenizer(self, given):
         """The tokenizer, if there is one, and the size of the vocabulary, if anything tells it."""
         manifest = self.manifests[self.folder]
+        entry = manifest["tokenizer"]
+        self.encoder = self.sp = None
+        self.path = path = given or find_tokenizer(self.folder, manifest)
         try:
-            self.encoder = open_tokenizer(self.folder, manifest, given)
+            self.encoder = open_tokenizer(path) if path else None
         except UserError as e:
             if given:
                 raise
             self.note(f"tokenizer not used: {e}")
-        entry = manifest.get("tokenizer")
-        entry = entry if isinstance(entry, dict) else {}
+            with contextlib.suppress(RuntimeError, OSError):  # another scheme, not CaseOps
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         named = re.search(r"sp(\d+)(?!\d)", self.folder.name)
-        self.vocabulary = (self.encoder.size if self.encoder else entry.get("vocab_size")
-                           if isinstance(entry.get("vocab_size"), int)
-                           else int(named[1]) if named else None)
+        self.vocabulary = int(named[1]) if named else None
+        if isinstance(entry.get("vocab_size"), int):
+            self.vocabulary = entry["vocab_size"]
         fused = str(entry.get("file")).endswith("_fused.model")  # 0 and 2 are words' beginnings
-        self.textless = self.encoder.textless if self.encoder else np.array(
-            [BOS, 3] if fused else [0, BOS, 2, 3])
-        self.path = path = given or find_tokenizer(self.folder, manifest)
-        if path and "sha256" in entry \
-                and hashlib.sha256(Path(path).read_bytes()).hexdigest() != entry["sha256"]:
+        self.textless = [BOS, 3] if fused else [0, BOS, 2, 3]
+        if self.encoder:
+            self.sp, self.vocabulary = self.encoder.sp, self.encoder.size
+            self.textless = self.encoder.textless
+        if path and "sha256" in entry and file_sha256(path) != entry["sha256"]:
             self.error(f"{path}: not the tokenizer of the manifest (other sha256)")
 
     def check_files(self):
         """Headers, numbering, sidecar files, the manifest's list, files that are the same."""
-        before = len(self.report.problems)
+        before = len(self.problems)
         for name in ("train", "val", "val_bytes", "train_bytes"):
             shards = self.shards[name]
             for problem in sequence_problems(shards):
@@ -262,7 +250,7 @@ class _Audit:
         self._check_sidecar_files()
         self._check_manifest_list()
         self._check_identical()
-        if len(self.report.problems) == before:
+        if len(self.problems) == before:
             self.ok(f"{self.folder}: {sum(map(len, self.shards.values()))} files with sound headers"
                     ", sizes and numbers")
 
@@ -285,15 +273,14 @@ class _Audit:
         for home, manifest in self.manifests.items():
             here = {s.path.name: s for group in self.shards.values() for s in group
                     if s.path.parent == home}
-            listed = manifest.get("files", {})
+            listed = manifest["files"]
             for name in sorted(here.keys() - listed.keys()) if listed else ():
                 self.error(f"{name}: not in the manifest; it belongs to another set")
             for name, entry in listed.items():
                 if name not in here:
                     if home == self.folder and (len(self.manifests) == 1 or "_val_" not in name):
                         self.error(f"{name}: in the manifest, but not here")
-                elif isinstance(entry, dict) and entry.get("tokens") not in (
-                        None, here[name].tokens):
+                elif entry.get("tokens") not in (None, here[name].tokens):
                     self.error(f"{name}: {here[name].tokens:,} tokens, but {entry['tokens']:,} in "
                                "the manifest")
 
@@ -316,16 +303,13 @@ class _Audit:
     def read_validation(self):
         """Load validation and its byte counts."""
         tokens = _Tokens(self.vocabulary, self.textless, self._advance)
-        digests = {}
-        loaded, bos = overlap.load(self.splits["val"], digests, tokens.look)
-        self.digests |= {("val", k): v for k, v in digests.items()}
+        loaded, bos = overlap.load(tokens.watch(self.splits["val"].pieces(self.digests)))
         begins, ends = document_spans(bos, len(loaded))
         rate = overlap.choose_rate(len(loaded), len(self.splits["train"]))
         self.validation = overlap.Validation(loaded, begins, ends, rate)
         self.sizes = np.zeros(len(begins), np.int64)
         self.figures |= {"val_tokens": len(loaded), "val_documents": len(begins)}
-        side = sidecar(self.shards)
-        if side:
+        if side := sidecar(self.shards):
             self._read_sidecar(side, bos)
         self._tell_tokens("validation", "val", tokens)
         repeated = int((self.validation.first != np.arange(len(begins))).sum())
@@ -337,12 +321,8 @@ class _Audit:
         self._identify()
 
     def _read_sidecar(self, side, bos):
-        digests = {}
-        counts, _ = overlap.load(side, digests)
-        self.digests |= {("val", k): v for k, v in digests.items()}
-        self.counts = counts
-        wrong = int(np.count_nonzero(counts[bos]))
-        if wrong:
+        self.counts = counts = overlap.load(side.pieces(self.digests))[0]
+        if wrong := int(np.count_nonzero(counts[bos])):
             self.error(f"the byte sidecar gives bytes to {wrong:,} of the {len(bos):,} BOS: it "
                        "belongs to other tokens")
         blocks = np.arange(0, max(1, len(counts) - ZEROS + 1), ZEROS)
@@ -361,15 +341,14 @@ class _Audit:
         """What letters and operators weigh is known, whatever the text was (but ligatures)."""
         if not self.encoder:
             return
-        sp, tokens = self.encoder.sp, self.validation.tokens
         known = np.full(COUNT_LIMIT, -1)
         for i in range(self.encoder.size):
-            piece = sp.id_to_piece(i)
+            piece = self.sp.id_to_piece(i)
             if piece in caps.OPERATORS:
                 known[i] = 0
             elif piece.isascii() and piece.isalpha():
                 known[i] = len(piece)
-        expected = known[tokens]
+        expected = known[self.validation.tokens]
         judged = max(int(np.count_nonzero(expected >= 0)), 1)
         wrong = int(np.count_nonzero((expected >= 0) & (expected != counts)))
         if wrong > MISCOUNTED * judged:
@@ -378,18 +357,20 @@ class _Audit:
 
     def check_blanks(self):
         """A blank is one byte, though SentencePiece's sign for it, U+2581, has three."""
-        if not self.path:
-            return
-        sp, tokens = sentencepiece.SentencePieceProcessor(), self.validation.tokens
-        try:
-            sp.LoadFromFile(str(self.path))
-        except (RuntimeError, OSError):
-            return
-        pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        tokens, counts, sp = self.validation.tokens, self.counts, self.sp
+        pieces = [sp.id_to_piece(i) for i in range(len(sp))] if sp else []
         if int(tokens.max()) >= len(pieces):
             return
-        counts = self.counts
-        if SPACE_MARK not in pieces:  # then a blank is its three byte pieces
+        if alone := SPACE_MARK in pieces:
+            if counts is None:
+                return
+            words = np.array([p[:1] == SPACE_MARK and p[1:].isascii() and p[1:].isalpha()
+                              for p in pieces])
+            at = np.flatnonzero(words[tokens])
+            sizes = np.array([len(p) for p in pieces])  # with the blank as one byte
+            three = counts[at] == sizes[tokens[at]] + 2
+            told = f"{len(at):,} words begin with a blank"
+        else:  # then a blank is its three byte pieces
             mark = [sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
             at = np.flatnonzero((tokens[:-2] == mark[0]) & (tokens[1:-1] == mark[1])
                                 & (tokens[2:] == mark[2]))
@@ -400,20 +381,11 @@ class _Audit:
                            f"gives up to {2 * len(at):,} bytes too many")
                 return
             three = sum(counts[at + k].astype(int) for k in range(3)) == 3
-        elif counts is not None:
-            words = np.array([p[:1] == SPACE_MARK and p[1:].isascii() and p[1:].isalpha()
-                              for p in pieces])
-            at = np.flatnonzero(words[tokens])
-            sizes = np.array([len(p) for p in pieces])  # with the blank as one byte
-            three = counts[at] == sizes[tokens[at]] + 2
-            told = f"{len(at):,} words begin with a blank"
-        else:
-            return
         wrong = np.count_nonzero(three)
         if wrong > MISCOUNTED * len(at):
             self.error(f"{told}; the byte sidecar counts {wrong:,} of these blanks as three bytes: "
                        "a blank is one")
-        elif SPACE_MARK not in pieces:
+        elif not alone:
             self.note(told)
 
     def _tell_tokens(self, title, name, tokens):
@@ -430,59 +402,53 @@ class _Audit:
         counted = f", {size:,} bytes in the sidecar ({size / len(split):.4f} a token)" \
             if size is not None else ""
         self.ok(f"{title}: {len(split.shards)} shards, {len(split):,} tokens, "
-                f"{tokens.documents:,} documents{counted}, ids up to {tokens.highest:,}")
+                f"{self.figures[f'{name}_documents']:,} documents{counted}, "
+                f"ids up to {tokens.highest:,}")
 
     def _identify(self):
         """Say whether this is a validation set that is known, by documents, tokens and bytes."""
         documents, tokens = self.figures["val_documents"], self.figures["val_tokens"]
-        size = self.figures.get("val_bytes")
-        if documents == FULL_DOCUMENTS and (tokens, size) in ((FULL_TOKENS, FULL_BYTES),
-                                                              (FULL_TOKENS, None)):
-            identity = "the challenge's full validation set"
-            self.ok(f"this is {identity}, by its numbers of documents, tokens and bytes")
-        elif documents == FULL_DOCUMENTS and size and abs(size / FULL_BYTES - 1) < 0.004:
-            identity = "50,000 documents, with the challenge's bytes, in another tokenizer"
-            self.ok(f"this is {identity} ({size:,}; the published sidecar has {FULL_BYTES:,})")
+        size, full = self.figures.get("val_bytes"), documents == FULL_DOCUMENTS
+        if full and tokens == FULL_TOKENS and size in (FULL_BYTES, None):
+            tell, identity = self.ok, "the challenge's full validation set"
+            detail = ", by its numbers of documents, tokens and bytes"
+        elif full and size and abs(size / FULL_BYTES - 1) < 0.004:
+            tell, identity = self.ok, "50,000 documents, with the challenge's bytes, in another " \
+                "tokenizer"
+            detail = f" ({size:,}; the published sidecar has {FULL_BYTES:,})"
         elif documents == 10_000 and 0 < tokens - TEN_THOUSAND_TARGETS <= 2048:
-            identity = "the challenge's first 10,000 documents only"
-            self.note(f"this is {identity}: it is scored on 50,000, and the other 40,000 may "
-                      "stand in training shards of the same preparation")
-        elif documents == FULL_DOCUMENTS:
-            identity = "50,000 documents, but not the challenge's"
-            self.note(f"this is {identity}: {tokens:,} tokens"
-                      + (f", {size:,} bytes" if size else "")
-                      + f"; the published set has {FULL_TOKENS:,} and {FULL_BYTES:,}")
+            tell, identity = self.note, "the challenge's first 10,000 documents only"
+            detail = ": it is scored on 50,000, and the other 40,000 may stand in training " \
+                "shards of the same preparation"
+        elif full:
+            tell, identity = self.note, "50,000 documents, but not the challenge's"
+            detail = f": {tokens:,} tokens" + (f", {size:,} bytes" if size else "") \
+                + f"; the published set has {FULL_TOKENS:,} and {FULL_BYTES:,}"
         else:
-            identity = "no set that this program knows"
-            self.note(f"this is {identity}: the challenge's has {FULL_DOCUMENTS:,} documents, "
-                      f"{FULL_BYTES:,} bytes")
+            tell, identity = self.note, "no set that this program knows"
+            detail = f": the challenge's has {FULL_DOCUMENTS:,} documents, {FULL_BYTES:,} bytes"
+        tell(f"this is {identity}{detail}")
         self.figures["identity"] = identity
 
     def search_training(self):
         """Stream the training shards past the validation documents."""
-        tokens = _Tokens(self.vocabulary, self.textless, self._advance)
-        digests = {} if self.manifests[self.folder] else None
-        self.found = overlap.search(self.validation, self.splits["train"], tokens.look, digests)
-        self.digests |= {("train", k): v for k, v in (digests or {}).items()}
-        self.figures |= {"train_tokens": len(self.splits["train"]),
-                         "train_documents": tokens.documents}
-        assert tokens.documents == self.found.documents, "documents counted in two ways"
+        tokens, split = _Tokens(self.vocabulary, self.textless, self._advance), self.splits["train"]
+        digests = self.digests if self.manifests[self.folder]["files"] else None
+        self.found = overlap.search(self.validation, split, tokens.watch(split.pieces(digests)))
+        self.figures |= {"train_tokens": len(split), "train_documents": self.found.documents}
         self._tell_tokens("training", "train", tokens)
 
     def check_hashes(self):
         """Compare the files' sha256 with their manifest's."""
         checked = 0
-        for name, group in self.shards.items():
-            for shard in group:
-                entry = self.manifests.get(shard.path.parent, {}).get("files", {}).get(
-                    shard.path.name)
-                expected = entry.get("sha256") if isinstance(entry, dict) else None
-                found = self.digests.get((name.split("_")[0], shard.path.name))
-                if expected and found:
-                    checked += 1
-                    if found != expected:
-                        self.error(f"{shard.path.name}: not the file of the manifest (other "
-                                   "sha256): changed or swapped after the split was made")
+        for shard in sum(self.shards.values(), []):
+            entry = self.manifests[shard.path.parent]["files"].get(shard.path.name, {})
+            expected, found = entry.get("sha256"), self.digests.get(shard.path.name)
+            if expected and found:
+                checked += 1
+                if found != expected:
+                    self.error(f"{shard.path.name}: not the file of the manifest (other "
+                               "sha256): changed or swapped after the split was made")
         if checked:
             self.ok(f"manifest: sha256 of {checked} files compared")
         else:
@@ -493,20 +459,17 @@ class _Audit:
 
     def tell_overlap(self):
         """Report the documents found, those of a wrong split first of all by their pattern."""
-        report, v = self.report, self.validation
-        for d in range(len(v)):
-            first = int(v.first[d])
-            for matches, target in ((self.found.whole, report.whole),
-                                    (self.found.near, report.near)):
-                if first in matches:
-                    target.append(self._finding(d, matches[first]))
-        report.short = [f for f in report.whole if f.tokens < SHORT]
-        report.whole = [f for f in report.whole if f.tokens >= SHORT]
+        v = self.validation
+        for matches, findings in ((self.found.whole, self.whole), (self.found.near, self.near)):
+            findings += [self._finding(d, matches[first])
+                         for d, first in enumerate(v.first.tolist()) if first in matches]
+        self.short = [f for f in self.whole if f.tokens < SHORT]
+        self.whole = [f for f in self.whole if f.tokens >= SHORT]
         judged = int(v.judged[v.first].sum())
-        self._tell_list(report.whole, "validation documents stand in training token for token")
-        self._tell_list(report.short, f"validation documents of fewer than {SHORT} tokens stand "
-                        "in training token for token")
-        self._tell_list(report.near, "validation documents are near-duplicates: at least "
+        stand = "stand in training token for token"
+        self._tell_list(self.whole, f"validation documents {stand}")
+        self._tell_list(self.short, f"validation documents of fewer than {SHORT} tokens {stand}")
+        self._tell_list(self.near, "validation documents are near-duplicates: at least "
                         f"{overlap.NEAR:.0%} of their {overlap.SHINGLE}-token shingles stand in "
                         "one training document")
         self.figures |= {"near_threshold": overlap.NEAR, "shingle_tokens": overlap.SHINGLE,
@@ -537,7 +500,7 @@ class _Audit:
         scored = sum(f.size for f in findings) / max(self.figures.get("val_bytes", 0), 1)
         share = f"{scored:.2%} of the bytes scored" if scored else f"{tokens:.2%} of the tokens"
         line = f"{len(findings):,} of {total:,} {what} ({share})"
-        if self.report.leaking(findings):
+        if self.leaking(findings):
             self.out(f"LEAK: {line}")
         else:
             self.note(f"{line}; up to {TOLERATED:.0%} of the documents, in no order, are taken for "
@@ -548,7 +511,7 @@ class _Audit:
                      f"{f.number:,} ({f.shard})" + (f": {f.text}" if f.text else ""))
         if len(findings) > LISTED:
             self.out(f"    and {len(findings) - LISTED:,} more")
-        if self.report.leaking(findings):
+        if self.leaking(findings):
             self._tell_patterns(findings)
 
     def _tell_patterns(self, findings):
@@ -564,7 +527,7 @@ class _Audit:
             self._pattern(f"{left:,} are scattered, as the source's own repetitions are")
 
     def _pattern(self, line):
-        self.report.patterns.append(line)
+        self.patterns.append(line)
         self.out(f"    pattern: {line}")
 
     # ---- what the tokenizer loses ----------------------------------------------------------------
@@ -596,22 +559,23 @@ class _Audit:
 
     def verdict(self):
         """The last line."""
-        report = self.report
-        total = self.figures["val_documents"]
-        parts = [f"LEAK: {report.leaks:,} of {total:,} validation documents stand in training"] \
-            * bool(report.leaks)
-        parts += [f"{len(report.problems):,} errors"] * bool(report.problems)
+        parts = []
+        if self.leaks:
+            parts.append(f"LEAK: {self.leaks:,} of {self.figures['val_documents']:,} validation "
+                         "documents stand in training")
+        if self.problems:
+            parts.append(f"{len(self.problems):,} errors")
         self.out(f"verdict: {'; '.join(parts) or 'clean'}{self._remedy()}")
 
     def _remedy(self):
         """What to do about leaks."""
-        report, steps = self.report, []
-        leaking = [x for x in (report.whole, report.short, report.near) if report.leaking(x)]
+        steps = []
+        leaking = [x for x in (self.whole, self.short, self.near) if self.leaking(x)]
         if any(ordered_runs(x) for x in leaking):
             steps.append("prepare both splits again, in one run with one --val-docs")
-        if any(x is not report.near for x in leaking):
+        if any(x is not self.near for x in leaking):
             steps.append("prepare with --drop-val-duplicates, which leaves equal documents out of "
                          "training")
-        if report.near in leaking:
+        if any(x is self.near for x in leaking):
             steps.append("take the near-duplicates listed above out of the source")
         return f"; next: {'; or '.join(steps)}; then train again" if steps else ""

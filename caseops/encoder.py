@@ -154,41 +154,21 @@ def fuse_markers(model, name="tokenizer"):
     """
     sp = sentencepiece.SentencePieceProcessor()
     sp.LoadFromSerializedProto(model)
-    if not all(sp.is_control(i) for i in FUSED):
+    if not all(sp.is_control(i) for i in FUSED) \
+            or any(len(sp.id_to_piece(i).encode()) > 99 for i in range(3)):
         raise UserError(f"{name}: pieces 0 and 2 are not padding and end of sequence, so they are "
                         "not free; leave out --fuse-markers")
-    parts, number = [], 0
-    for field, part in _fields(model):
-        if field == 1:  # pieces, in the order of their ids
-            if number in FUSED:
-                piece = FUSED[number].encode()
-                body = b"\x0a%c%b\x15%b\x18%c" % (len(piece), piece, bytes(4), _USER_DEFINED)
-                part = b"\x0a%c%b" % (len(body), body)
-            number += 1
+    parts, at = [], 0
+    for i in range(3):  # the message begins with the pieces; one so short gives its size in a byte
+        end = at + 2 + model[at + 1]
+        part = model[at:end]
+        if i in FUSED:
+            piece = FUSED[i].encode()
+            body = b"\x0a%c%b\x15%b\x18%c" % (len(piece), piece, bytes(4), _USER_DEFINED)
+            part = b"\x0a%c%b" % (len(body), body)
         parts.append(part)
-    return b"".join(parts)
-
-
-def _fields(message):
-    """(number, bytes with its key) of every field of a serialized protocol buffer."""
-    def varint(i):
-        value = shift = 0
-        while True:
-            value |= (message[i] & 0x7F) << shift
-            i, shift = i + 1, shift + 7
-            if message[i - 1] < 0x80:
-                return value, i
-
-    at = 0
-    while at < len(message):
-        begin, (key, at) = at, varint(at)
-        kind = key & 7
-        if kind == 2:  # a length, and so many bytes
-            size, at = varint(at)
-        else:
-            size = {0: varint(at)[1] - at if kind == 0 else 0, 1: 8, 5: 4}[kind]
-        at += size
-        yield key >> 3, message[begin:at]
+        at = end
+    return b"".join([*parts, model[at:]])
 
 
 # ---- training a tokenizer ------------------------------------------------------------------------

@@ -13,7 +13,6 @@ lossless_caps.decode refuses. Such a document is written by `restore`, and count
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ import numpy as np
 import lossless_caps as caps
 from caseops import UserError
 from caseops.encoder import Encoder
-from caseops.shards import file_sha256
+from caseops.shards import file_sha256, whole_file
+from caseops.sources import batches
 from caseops.splits import (
     Split,
     documents,
@@ -75,14 +75,8 @@ def decode_documents(encoder, batch):
     return [restore(text) for text in texts]
 
 
-def open_tokenizer(folder, manifest, given=None):
-    """The Encoder of a shard directory: `given`'s, or the one that belongs to it, or None.
-
-    Raises UserError where `given` cannot be used.
-    """
-    path = given or find_tokenizer(folder, manifest)
-    if path is None:
-        return None
+def open_tokenizer(path):
+    """The Encoder of the tokenizer at `path`. Raises UserError where it cannot be used."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give the tokenizer that made the shards")
     return Encoder(Path(path).read_bytes(), str(path))
@@ -158,16 +152,15 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
     for name in ("val", "train"):
         if problems := sequence_problems(shards[name]):
             raise UserError(f"{problems[0]}; nothing was written; --audit tells all that is wrong")
-    encoder = open_tokenizer(folder, manifest, tokenizer)
-    if encoder is None:
+    path = tokenizer or find_tokenizer(folder, manifest)
+    if path is None:
         raise UserError(f"{folder}: no tokenizer beside these shards; give --sp the one that made "
                         "them")
-    told = manifest.get("tokenizer")
-    told = told.get("sha256") if isinstance(told, dict) else None
+    encoder, told = open_tokenizer(path), manifest["tokenizer"].get("sha256")
     if tokenizer and told and file_sha256(tokenizer) != told:
         raise UserError(f"{tokenizer}: not the tokenizer of the manifest (other sha256); give the "
                         "one that made the shards")
-    with _sink(destination, to_stdout) as (file, path):
+    with _sink(None if to_stdout else Path(destination)) as (file, place):
         losses = {name: _write(file, shards, name, encoder)
                   for name in ("val", "train") if shards[name]}
     _sums_of_manifest(manifest, shards, losses)
@@ -176,19 +169,16 @@ def export(folder, destination=None, *, tokenizer=None, out=None):
             "space) cannot be seen from the shards, so what follows is a lower bound")
     for name, loss in losses.items():
         out(loss.line(name, encoder.exact))
-    out(f"written: {'standard output' if to_stdout else path}")
+    out(f"written: {place}")
     return losses
 
 
 def _write(file, shards, name, encoder):
-    split, loss = Split(shards[name]), Loss()
-    side = sidecar(shards) if name == "val" else None
-    for batch in batches(documents(split), BATCH_TOKENS, lambda item: len(item[1]) + 16):
+    loss, side = Loss(), sidecar(shards) if name == "val" else None
+    for batch in batches(documents(Split(shards[name])), BATCH_TOKENS, lambda x: len(x[1]) + 16):
         texts = decode_documents(encoder, [ids for _, ids in batch])
         for (begin, ids), (text, whole) in zip(batch, texts, strict=True):
-            original = None
-            if side is not None:
-                original = int(side.read(begin, begin + len(ids)).sum(dtype=np.int64))
+            original = side and int(side.read(begin, begin + len(ids)).sum(dtype=np.int64))
             loss.add(encoder.count_textless(ids), text, whole, original)
             file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
     return loss
@@ -203,50 +193,27 @@ def sidecar(shards):
 
 def _sums_of_manifest(manifest, shards, losses):
     """Where a split's original bytes are not known yet, take the manifest's, if it has all."""
+    files = manifest["files"]
     for name, loss in losses.items():
-        entries = [manifest.get("files", {}).get(s.path.name) for s in shards[name]]
-        sizes = [e.get("original_bytes") if isinstance(e, dict) else None for e in entries]
-        listed = [n for n in manifest.get("files", {}) if f"_{name}_" in n and "_bytes_" not in n]
+        sizes = [files.get(s.path.name, {}).get("original_bytes") for s in shards[name]]
+        listed = [n for n in files if f"_{name}_" in n and "_bytes_" not in n]
         if loss.original is None and len(listed) == len(sizes) \
                 and all(isinstance(x, int) for x in sizes):
             loss.original = sum(sizes)
 
 
-def batches(items, limit, size_of):
-    """Lists of consecutive items of about `limit` together, at least one each."""
-    batch, size = [], 0
-    for item in items:
-        batch.append(item)
-        size += size_of(item)
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 @contextlib.contextmanager
-def _sink(destination, to_stdout):
-    """(binary file, path) to write to: standard output, or a file that is renamed when whole."""
-    if to_stdout:
+def _sink(path):
+    """(what to write bytes to, its name): standard output where `path` is None, or a file that
+    gets its name when it is whole."""
+    if path is None:
         if sys.stdout is None:
             raise UserError("standard output is closed; give --out FILE")
-        yield sys.stdout.buffer, None
+        yield sys.stdout.buffer, "standard output"
         sys.stdout.buffer.flush()
         return
-    path = Path(destination)
-    if path.is_dir() or str(destination).endswith(os.sep) or not path.suffix:
+    if path.is_dir() or not path.suffix:
         path = path / "docs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            yield file, path
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as e:
-        aside.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None:  # a failed write does not say which file
-            raise OSError(e.errno, e.strerror, str(path)) from None
-        raise
+    with whole_file(path) as file:
+        yield file, path

@@ -9,8 +9,8 @@ past the validation shingles; a validation document is a near-duplicate where at
 its distinct shingles stand in one training document. Which documents come near is estimated from
 the kept shingles; for those the share is then counted over all of them.
 
-Memory grows with the validation tokens (about 3 bytes each and 60 per kept shingle), not with the
-training tokens.
+Memory grows with the validation tokens (about 5 bytes each and 60 per kept shingle) and with the
+longest document, not with the training tokens.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 from caseops import BOS
-from caseops.splits import Split
+from caseops.splits import blocks
 
 SHINGLE = 16  # tokens, about 50 bytes or 9 words of English
 NEAR = 0.8  # a near-duplicate has at least this share of its shingles in one training document
@@ -79,8 +79,8 @@ def kept_positions(tokens, rate):
 
 
 class KeyTable:
-    """Finds many keys among others; `keys` uint64 [n], sorted and distinct. A binary search would
-    miss the cache at each of its steps: the leading bits lead to within a key or two instead."""
+    """Finds many keys among others; `keys` uint64 [n], sorted. A binary search would miss the cache
+    at each of its steps: the leading bits lead to within a key or two instead."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -99,7 +99,7 @@ class KeyTable:
         return np.uint8(1) << ((keys >> self._bit_shift).astype(np.uint8) & np.uint8(7))
 
     def find(self, keys):
-        """(i, j) with keys[i] == self.keys[j], for each i that has such a j, ascending in i."""
+        """(i, j): all pairs with keys[i] == self.keys[j], int64 [n] each, in ascending order."""
         i = np.flatnonzero(self._bits[(keys >> self._byte_shift).astype(np.int64)]
                            & self._bit(keys))
         bucket = (keys[i] >> self._bucket_shift).astype(np.int64)
@@ -110,7 +110,7 @@ class KeyTable:
             i, j, end = i[inside], j[inside], end[inside]
             same = self.keys[j] == keys[i]
             found.append((i[same], j[same]))
-            i, j, end = i[~same], j[~same] + 1, end[~same]
+            j = j + 1
         i, j = (np.concatenate(x) for x in zip(*found, strict=True))
         order = np.argsort(i, kind="stable")
         return i[order], j[order].astype(np.int64)
@@ -120,16 +120,24 @@ class Validation:
     """The validation documents, ready to be looked up.
 
     tokens uint16; begins, ends int64 [documents], each document without its BOS; rate: keep one
-    shingle in so many. `first[d]` is the first document equal to d (d itself, mostly). Document
-    d has `kept[d]` kept shingles, `judged[d]` if they are enough to look for near-duplicates.
+    shingle in so many. `first[d]` is the first document equal to d (d itself, mostly). A kept
+    shingle of a first document is a number k, `owners[k]` its document: d has `kept[d]` of them,
+    `judged[d]` if they are enough to look for near-duplicates.
     """
 
     def __init__(self, tokens, begins, ends, rate):
         self.tokens, self.begins, self.ends, self.rate = tokens, begins, ends, rate
         self.sizes = ends - begins
         self.longest = int(self.sizes.max(initial=0))
-        self._index_documents()
-        self._index_shingles()
+        self._numbers = {}  # {the bytes of a document's tokens: the first one's number}
+        self.first = np.array([self._numbers.setdefault(self.document(d).tobytes(), d)
+                               for d in range(len(self))])
+        full = np.flatnonzero(self.sizes)
+        self._signatures = np.unique(signatures(tokens, begins[full], ends[full]))
+        keys, self.owners = self._index_shingles()
+        self._table = KeyTable(keys)
+        self.kept = np.bincount(self.owners, minlength=len(self))
+        self.judged = self.kept >= FEWEST
 
     def __len__(self):
         return len(self.begins)
@@ -138,28 +146,8 @@ class Validation:
         """Its tokens without BOS, uint16 [n]."""
         return self.tokens[self.begins[d]:self.ends[d]]
 
-    def _index_documents(self):
-        self.first = np.arange(len(self))
-        full = np.flatnonzero(self.sizes)
-        keys = signatures(self.tokens, self.begins[full], self.ends[full])
-        order = np.argsort(keys, kind="stable")
-        keys, full = keys[order], full[order]
-        distinct = []  # contents so far under one signature; more than one is next to impossible
-        for i in np.flatnonzero(keys[1:] == keys[:-1]) + 1:
-            if not distinct or keys[i] != keys[distinct[0]]:
-                distinct = [i - 1]
-            same = (j for j in distinct
-                    if np.array_equal(self.document(full[j]), self.document(full[i])))
-            if (j := next(same, None)) is not None:
-                self.first[full[i]] = full[j]
-            else:
-                distinct.append(i)
-        empty = np.flatnonzero(self.sizes == 0)
-        self.first[empty] = empty[:1].repeat(len(empty))
-        alone = self.first[full] == full
-        self._signatures, self._documents = keys[alone], full[alone]
-
     def _index_shingles(self):
+        """(keys, owners) of the kept shingles of the first documents, each pair once."""
         keys, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         step = 1 << 22
         own = np.flatnonzero(self.first == np.arange(len(self)))
@@ -174,45 +162,29 @@ class Validation:
         keys, owners = np.concatenate(keys), np.concatenate(owners)
         order = np.lexsort((owners, keys))
         keys, owners = keys[order], owners[order]
-        new_key = np.append(True, keys[1:] != keys[:-1])[:len(keys)]
-        once = new_key | np.append(True, owners[1:] != owners[:-1])[:len(keys)]
-        keys, owners, new_key = keys[once], owners[once], new_key[once]
-        starts = np.flatnonzero(new_key)
+        once = np.append(True, (keys[1:] != keys[:-1]) | (owners[1:] != owners[:-1]))[:len(keys)]
+        keys, owners = keys[once], owners[once]
+        starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[:len(keys)])
         counts = np.diff(np.append(starts, len(keys)))
         rare = np.repeat(counts <= COMMON, counts)
-        self._owners = owners[rare]
-        self._keys = keys[starts][counts <= COMMON]
-        self._starts = np.append(0, np.cumsum(counts[counts <= COMMON]))
-        self.kept = np.bincount(self._owners, minlength=len(self))
-        self.judged = self.kept >= FEWEST
-        self._table = KeyTable(self._keys)
+        return keys[rare], owners[rare]
 
-    def candidates(self, keys):
-        """(i, d): documents d that have the signature keys[i]; distinct contents only."""
-        left = np.searchsorted(self._signatures, keys, "left")
-        count = np.searchsorted(self._signatures, keys, "right") - left
-        i = np.repeat(np.arange(len(keys)), count)
-        within = np.arange(len(i)) - np.repeat(np.cumsum(count) - count, count)
-        return i, self._documents[left[i] + within]
+    def equal(self, tokens, begins, ends):
+        """Iterate over (i, d): the document tokens[begins[i]:ends[i]], not empty, equals d."""
+        found = signatures(tokens, begins, ends)
+        at = np.searchsorted(self._signatures, found)
+        likely = self._signatures.take(at, mode="clip") == found
+        for i in np.flatnonzero(likely).tolist():
+            d = self._numbers.get(tokens[begins[i]:ends[i]].tobytes())
+            if d is not None:
+                yield i, d
 
     def shingles(self, tokens):
-        """(positions, shingle numbers) of the kept shingles in `tokens` that validation has."""
+        """(positions, numbers) of the kept shingles in `tokens` that validation has."""
         at = kept_positions(tokens, self.rate)
         keys = shingle_keys(tokens, at) if len(at) else np.empty(0, np.uint64)
         i, numbers = self._table.find(keys)
         return at[i], numbers
-
-    @property
-    def distinct_shingles(self):
-        """How many shingles can be found."""
-        return len(self._keys)
-
-    def owners(self, numbers):
-        """(i, d): shingle numbers[i] stands in document d."""
-        count = self._starts[numbers + 1] - self._starts[numbers]
-        i = np.repeat(np.arange(len(numbers)), count)
-        within = np.arange(len(i)) - np.repeat(np.cumsum(count) - count, count)
-        return i, self._owners[self._starts[numbers][i] + within]
 
 
 @dataclasses.dataclass
@@ -227,98 +199,54 @@ class Match:
 
 
 class Search:
-    """Feed it a training split's blocks, then `finish`; see the module's docstring.
+    """Feed it a training split's Blocks, then `finish`; see the module's docstring.
 
     `whole` and `near` are {validation document: Match}, the first match for each distinct
-    document; `somewhere` bool [shingles], the kept ones found anywhere; `documents` counts.
+    document; `somewhere` bool [kept shingles], those found anywhere; `documents` counts.
     """
 
     def __init__(self, validation, split):
         self.validation, self.split = validation, split
         self.whole, self.near = {}, {}
         self.documents = 0
-        self.somewhere = np.zeros(validation.distinct_shingles, bool)
         n = len(validation)
+        self.somewhere = np.zeros(len(validation.owners), bool)
         self._best = np.zeros(n, np.int64)  # kept shingles in the best training document so far
         self._where = np.zeros((n, 3), np.int64)  # its number, begin, end
-        self._open = 0  # where the document begins that the block before left open
-        self._begun = False  # a BOS, or a token, came before
-        self._waiting, self._many = [], 1 << 16  # shingle numbers found in it so far
 
-    def feed(self, block, bos):
-        """One Block that overlaps the one before by SHINGLE - 1; `bos`: positions in the split of
-        the BOS among its new tokens."""
-        at, numbers = self.validation.shingles(block.tokens)
+    def feed(self, block):
+        """Search one Block, all of whose documents are whole."""
+        v = self.validation
+        sizes = block.ends - block.begins
+        few = np.flatnonzero((sizes > 0) & (sizes <= v.longest))
+        for i, d in v.equal(block.tokens, block.begins[few], block.ends[few]):
+            i = int(few[i])
+            self.whole.setdefault(d, Match(
+                self.documents + i, block.offset + int(block.begins[i]),
+                block.offset + int(block.ends[i]), 1.0))
+        at, numbers = v.shingles(block.tokens)
         self.somewhere[numbers] = True
-        if not self._begun:
-            self._begun = True
-            if len(bos) and bos[0] == 0:
-                self._open, bos = 1, bos[1:]
-        begins = np.append(self._open, bos + 1)
-        document = np.searchsorted(bos, at + block.offset, "right")
-        self._close(begins[:-1], bos, block, document, numbers)
-        self._open = int(begins[-1])
-        rest = numbers[document == len(bos)]
-        if len(rest):
-            self._waiting.append(rest)
-            if sum(map(len, self._waiting)) > self._many:  # a document without end
-                self._waiting = [np.unique(np.concatenate(self._waiting))]
-                self._many = 2 * len(self._waiting[0]) + (1 << 16)
-
-    def _close(self, begins, ends, block, document, numbers):
-        """Documents begins..ends are complete, the first may have begun in an earlier block."""
-        if not len(ends):
-            return
-        inside = begins >= block.offset if block is not None else np.zeros(1, bool)
-        for i in np.flatnonzero(~inside):
-            if 0 < ends[i] - begins[i] <= self.validation.longest:
-                tokens = self.split.read(int(begins[i]), int(ends[i]))
-                self._compare(tokens, np.array([0]), np.array([len(tokens)]),
-                              self.documents + i, begins[i])
-        inside &= (ends > begins) & (ends - begins <= self.validation.longest)
-        if inside.any():
-            i = np.flatnonzero(inside)
-            self._compare(block.tokens, begins[i] - block.offset, ends[i] - block.offset,
-                          self.documents + i, block.offset)
-        complete = document < len(ends)
-        waiting = np.concatenate([*self._waiting, numbers[:0]])
-        document = np.append(np.zeros(len(waiting), np.int64), document[complete])
-        numbers = np.append(waiting, numbers[complete])
         if len(numbers):
-            self._tally(document, numbers, begins, ends)
-        self._waiting, self._many = [], 1 << 16
-        self.documents += len(ends)
+            self._tally(np.searchsorted(block.begins, at, "right") - 1, numbers, block)
+        self.documents += len(sizes)
 
-    def _compare(self, tokens, begins, ends, numbers, offset):
-        numbers = np.broadcast_to(numbers, begins.shape)
-        for i, d in zip(*self.validation.candidates(signatures(tokens, begins, ends)),
-                        strict=True):
-            a, b = int(begins[i]), int(ends[i])
-            if int(d) not in self.whole \
-                    and np.array_equal(tokens[a:b], self.validation.document(d)):
-                self.whole[int(d)] = Match(int(numbers[i]), a + int(offset), b + int(offset), 1.0)
-
-    def _tally(self, document, numbers, begins, ends):
-        """Shingle numbers[k] was found in training document number document[k] of those given."""
-        shingles = self.validation.distinct_shingles
-        pairs = np.unique(document * shingles + numbers)
-        i, d = self.validation.owners(pairs % shingles)
-        n = len(self.validation)
-        pairs, count = np.unique((pairs // shingles)[i] * n + d, return_counts=True)
+    def _tally(self, document, numbers, block):
+        """Shingle numbers[k] was found in document number document[k] of the block."""
+        v, n = self.validation, len(self.validation)
+        pairs = np.unique(document * len(v.owners) + numbers)
+        pairs, count = np.unique(pairs // len(v.owners) * n + v.owners[pairs % len(v.owners)],
+                                 return_counts=True)
         document, d = pairs // n, pairs % n
         better = count > self._best[d]
         document, d, count = document[better], d[better], count[better]
         order = np.lexsort((-document, count))  # of several the last is kept: most, then first
         document, d, count = document[order], d[order], count[order]
         self._best[d] = count
-        self._where[d] = np.stack(
-            [self.documents + document, begins[document], ends[document]], axis=1)
+        self._where[d] = np.stack([self.documents + document, block.offset + block.begins[document],
+                                   block.offset + block.ends[document]], axis=1)
 
     def finish(self):
-        """After the last block: close the last document, then count the shares of those near."""
-        if self._begun:
-            none = np.empty(0, np.int64)
-            self._close(np.array([self._open]), np.array([len(self.split)]), None, none, none)
+        """After the last block: count the shares of the documents that come near."""
         v = self.validation
         near = np.flatnonzero(v.judged & (self._best >= _SCREEN * v.kept))
         last, there = None, None  # the training document at hand, and its shingles
@@ -339,8 +267,7 @@ class Search:
         """How many judged documents have NEAR of their kept shingles in training, but no single
         training document that has so many."""
         v = self.validation
-        numbers = np.flatnonzero(self.somewhere)
-        found = np.bincount(v.owners(numbers)[1], minlength=len(v)) if len(numbers) else 0
+        found = np.bincount(v.owners[self.somewhere], minlength=len(v))
         some = v.judged & (found >= NEAR * v.kept)
         some[[*self.whole, *self.near]] = False
         return int(some.sum())
@@ -353,21 +280,16 @@ def distinct_shingles(document):
     return np.unique(shingle_keys(document, kept_positions(document, 1)))
 
 
-def load(split, digests=None, watch=None):
-    """(tokens uint16, bos int64) of a whole split in memory. `watch(block)` sees every block."""
-    tokens = np.empty(len(split), "<u2")
-    for block in split.blocks(digests=digests):
-        tokens[block.offset:block.offset + len(block.tokens)] = block.tokens
-        if watch:
-            watch(block)
+def load(pieces):
+    """(tokens uint16, bos int64) of a whole split's pieces in memory."""
+    tokens = np.concatenate([piece for _, piece in pieces])
     return tokens, np.flatnonzero(tokens == BOS)
 
 
-def search(validation, split, watch, digests=None):
-    """Search all of `split`; the Search, finished. `watch(block)` returns the BOS positions."""
-    assert isinstance(split, Split)
+def search(validation, split, pieces):
+    """Search all of `split`, whose `pieces` are given; the Search, finished."""
     found = Search(validation, split)
-    for block in split.blocks(overlap=SHINGLE - 1, digests=digests):
-        found.feed(block, watch(block))
+    for block in blocks(pieces):
+        found.feed(block)
     found.finish()
     return found

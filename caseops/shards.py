@@ -11,10 +11,10 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
 
 def shard_header(tokens):
-    """The header (int32 [256]) of a shard of `tokens`."""
+    """The header (bytes) of a shard of `tokens`."""
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
-    return header
+    return header.tobytes()
 
 
 def file_sha256(path):
@@ -36,7 +36,7 @@ class GrowingFile:
     """A file that grows aside, in PATH.tmp, and gets its name when it is whole."""
 
     def __init__(self, path):
-        self.path, self.digest = Path(path), hashlib.sha256()
+        self.path = Path(path)
         self.aside = self.path.with_name(self.path.name + ".tmp")
         with named(self.path):
             self._file = open(self.aside, "wb", buffering=1 << 20)  # noqa: SIM115 - kept open
@@ -45,20 +45,17 @@ class GrowingFile:
         """Append a bytes-like object."""
         with named(self.path):
             self._file.write(data)
-        self.digest.update(data)
 
-    def finish(self, head=None):
-        """Give the file its name; `head`, if any, replaces its first bytes. sha256 (hex)."""
+    def finish(self, head=b""):
+        """Give the file its name; `head` replaces its first bytes."""
         with named(self.path):
-            if head is not None:
+            if head:
                 self._file.seek(0)
                 self._file.write(head)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            digest = self.digest.hexdigest() if head is None else file_sha256(self.aside)
             os.replace(self.aside, self.path)
-        return digest
 
     def abandon(self):
         """Remove what there is."""
@@ -67,16 +64,24 @@ class GrowingFile:
         self.aside.unlink(missing_ok=True)
 
 
-def write_whole(path, *chunks):
-    """Write `chunks` (bytes-like) to `path` aside, then rename: whole or not at all. sha256 hex."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A GrowingFile for a block: the file appears at the block's end, or not at all."""
     file = GrowingFile(path)
     try:
-        for chunk in chunks:
-            file.write(chunk)
-        return file.finish()
+        yield file
+        file.finish()
     except BaseException:
         file.abandon()
         raise
+
+
+def write_whole(path, *chunks):
+    """Write `chunks` (bytes-like) to the file `path`, whole or not at all. Its sha256 (hex)."""
+    with whole_file(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+    return file_sha256(path)
 
 
 class ShardWriter:
@@ -130,9 +135,10 @@ class ShardWriter:
             self._counted += int(arrays[1].sum(dtype=np.int64))
 
     def _finish(self):
-        short = None if self._tokens == self.shard_tokens else shard_header(self._tokens)
+        head = b"" if self._tokens == self.shard_tokens else shard_header(self._tokens)
         for name, file in self._open.items():
-            entry = {"sha256": file.finish(short), "tokens": self._tokens,
+            file.finish(head)
+            entry = {"sha256": file_sha256(file.path), "tokens": self._tokens,
                      "documents": self._documents, "original_bytes": self._raw}
             if name.endswith("_bytes"):
                 entry["counted_bytes"] = self._counted

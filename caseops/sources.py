@@ -57,7 +57,7 @@ class Chunk:
 
     path: str
     first: int
-    data: bytes
+    data: bytes | list
     held_out: bool = False
     position: int = 0
     fingerprint: str = ""
@@ -137,39 +137,40 @@ class Lines(Chunk):
 
 
 class Rows(Chunk):
-    """Rows of a Parquet file: an Arrow stream of one record batch with the text column."""
+    """Rows of a Parquet file: `data` is a list of the texts as UTF-8, None where there is none."""
 
     unit, noun = "row ", "row"
 
-    def _batch(self):
-        return require("pyarrow.ipc").open_stream(self.data).read_next_batch()
-
     def count(self):
         """How many documents there are."""
-        return self._batch().num_rows
+        return len(self.data)
 
     def cut(self, n):
         """Two chunks: the first `n` documents, and the rest."""
-        batch = self._batch()
-        return (dataclasses.replace(self, data=arrow_stream(batch.slice(0, n))),
-                dataclasses.replace(self, data=arrow_stream(batch.slice(n)), first=self.first + n))
+        return (dataclasses.replace(self, data=self.data[:n]),
+                dataclasses.replace(self, data=self.data[n:], first=self.first + n))
 
     def parse(self):
         """Iterate over the Documents. Raises DocumentProblem."""
-        for number, cell in enumerate(self._batch().column(0), self.first):
+        for number, data in enumerate(self.data, self.first):
             try:
-                value = cell.as_py()
+                value = data if data is None else data.decode()
             except UnicodeDecodeError as e:
                 self.reject(number, f"not UTF-8 ({e.reason} at byte {e.start} of the text)")
             yield self._document(value, number)
 
 
-def arrow_stream(batch):
-    """A record batch as bytes."""
-    sink = require("pyarrow").BufferOutputStream()
-    with require("pyarrow.ipc").new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+def batches(items, limit, size_of):
+    """Lists of consecutive items of about `limit` together, at least one each."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def require(module):
@@ -439,12 +440,13 @@ class Source:
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(256, [group], [self.column], use_threads=False):
-                    if isinstance(batch.column(0).type, arrow.DictionaryType):
-                        text = batch.column(0).dictionary_decode()
-                        batch = arrow.record_batch([text], [self.column])
-                    for part in halves(batch):
-                        yield Rows(path, row, arrow_stream(part))
-                        row += part.num_rows
+                    column = batch.column(0)
+                    if isinstance(column.type, arrow.DictionaryType):
+                        column = column.dictionary_decode()
+                    texts = column.cast(arrow.large_binary()).to_pylist()
+                    for part in batches(texts, CHUNK_BYTES, lambda x: len(x or b"")):
+                        yield Rows(path, row, part)
+                        row += len(part)
                     self.position = begin + size * (row - 1) // max(file.metadata.num_rows, 1)
             except (arrow.ArrowException, OSError) as e:
                 raise UserError(f"{path}: damaged Parquet data in row group {group}, after row "
@@ -455,16 +457,6 @@ class Source:
 def first_line(error):
     """An error's own words, without the lines that follow the first."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def halves(batch):
-    """Cut a record batch into ones of at most CHUNK_BYTES, or of one row."""
-    if batch.num_rows < 2 or batch.nbytes <= CHUNK_BYTES:
-        yield batch
-    else:
-        middle = batch.num_rows // 2
-        yield from halves(batch.slice(0, middle))
-        yield from halves(batch.slice(middle))
 
 
 def line_chunks(path, blocks):

@@ -29,13 +29,13 @@ class Shard:
 
 @dataclasses.dataclass
 class Block:
-    """Consecutive `tokens` (uint16) of a split. tokens[0] stands at `offset` of the split; the
-    first `old` tokens were in the block before as well. `shard` holds those that were not."""
+    """Whole documents that stand one after another: `tokens` (uint16), of which tokens[0] stands at
+    `offset` of the split, and the spans of each document in them without its BOS."""
 
     offset: int
     tokens: np.ndarray
-    old: int
-    shard: Shard
+    begins: np.ndarray
+    ends: np.ndarray
 
 
 def shard_directory(folder):
@@ -141,35 +141,44 @@ class Split:
         """Name of the shard that holds the token at `position`."""
         return self.shards[int(np.searchsorted(self.starts, position, "right")) - 1].path.name
 
-    def blocks(self, overlap=0, digests=None):
-        """All tokens as Blocks, in order; each repeats the last `overlap` tokens before it.
+    def pieces(self, digests=None):
+        """(Shard, tokens uint16 [n]) of all tokens, in order, each piece from one file.
 
-        A block's array is only good until the next one. `digests`, a dict, gets the sha256 of
-        every file, by name, when its last block has been taken.
+        `digests`, a dict, gets the sha256 of every file, by name, when its last piece was taken.
         """
-        size = BLOCK_TOKENS
-        buffer = np.empty(overlap + size, "<u2")
-        old = position = 0
         for shard in self.shards:
             with open(shard.path, "rb", buffering=0) as f:
                 digest = hashlib.sha256(f.read(HEADER_BYTES))
-                left = shard.tokens
-                while left:
-                    n = min(left, size)
-                    fresh = buffer[old:old + n]
-                    _fill(f, fresh, shard.path)
+                for begin in range(0, shard.tokens, BLOCK_TOKENS):
+                    piece = np.empty(min(shard.tokens - begin, BLOCK_TOKENS), "<u2")
+                    _fill(f, piece, shard.path)
                     if digests is not None:
-                        digest.update(fresh)
-                    yield Block(position - old, buffer[:old + n], old, shard)
-                    left -= n
-                    position += n
-                    kept = min(overlap, old + n)
-                    buffer[:kept] = buffer[old + n - kept:old + n].copy()
-                    old = kept
+                        digest.update(piece)
+                    yield shard, piece
                 if digests is not None:
                     while rest := f.read(1 << 20):  # what follows the tokens, in a faulty file
                         digest.update(rest)
                     digests[shard.path.name] = digest.hexdigest()
+
+
+def blocks(pieces):
+    """The Blocks of a Split's pieces; each ends where a document ends, so none is cut. Tokens
+    before the first BOS are a document of their own, a fragment."""
+    offset, parts = 0, []  # the parts hold a document whose end was not seen yet
+    for _, piece in pieces:
+        bos = np.flatnonzero(piece == BOS)
+        parts.append(piece[:bos[-1]] if len(bos) else piece)
+        if len(bos):
+            tokens = np.concatenate(parts)
+            if len(tokens):
+                yield _block(offset, tokens)
+            offset, parts = offset + len(tokens), [piece[bos[-1]:]]
+    if parts:
+        yield _block(offset, np.concatenate(parts))
+
+
+def _block(offset, tokens):
+    return Block(offset, tokens, *document_spans(np.flatnonzero(tokens == BOS), len(tokens)))
 
 
 def _fill(file, array, path):
@@ -198,38 +207,31 @@ def document_spans(bos, total):
 def documents(split):
     """(begin, ids) of each document of `split`, in order: its ids uint16 [n] without BOS, and the
     position of the first of them in the split."""
-    parts, begin = [], 0
-    for block in split.blocks():
-        tokens, at = block.tokens, 0
-        for i in np.flatnonzero(tokens == BOS).tolist():
-            parts.append(tokens[at:i].copy())
-            if block.offset + i > 0:  # before a BOS at 0 there is nothing
-                yield begin, np.concatenate(parts)
-            parts, at = [], i + 1
-            begin = block.offset + at
-        parts.append(tokens[at:].copy())
-    if len(split):
-        yield begin, np.concatenate(parts)
+    for block in blocks(split.pieces()):
+        for begin, end in zip(block.begins.tolist(), block.ends.tolist(), strict=True):
+            yield block.offset + begin, block.tokens[begin:end]
 
 
 # ---- what stands beside the shards ---------------------------------------------------------------
 
 
 def read_manifest(folder):
-    """The dict in manifest.json of a shard directory, {} where there is none with "files" in it.
-
-    Raises UserError for a file that is not JSON.
+    """manifest.json of a shard directory, as a dict. "tokenizer", "files" and each entry of it are
+    dicts in it, empty where the file does not tell them. Raises UserError where it is not JSON.
     """
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}); restore or remove it") from None
-    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
-        return {}
-    return value
+    path, value = Path(folder) / "manifest.json", None
+    if path.is_file():
+        try:
+            value = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}: not JSON ({e}); restore or remove it") from None
+    value = _dict(value) if isinstance(_dict(value).get("files"), dict) else {}
+    files = {name: _dict(entry) for name, entry in _dict(value.get("files")).items()}
+    return value | {"files": files, "tokenizer": _dict(value.get("tokenizer"))}
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
 
 
 def find_tokenizer(folder, manifest):
@@ -237,8 +239,7 @@ def find_tokenizer(folder, manifest):
     only *.model in a `tokenizers` directory up to two levels above, or in the directory itself."""
     folder = Path(folder).resolve()
     homes = [*(p / "tokenizers" for p in (folder.parent.parent, folder.parent, folder)), folder]
-    entry = manifest.get("tokenizer")
-    name = entry.get("file") if isinstance(entry, dict) else None
+    name = manifest.get("tokenizer", {}).get("file")
     if isinstance(name, str) and name == os.path.basename(name):
         return next((h / name for h in homes if (h / name).is_file()), None)
     for home in homes:

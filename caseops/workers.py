@@ -4,11 +4,13 @@
 what is written does not depend on the number of processes.
 """
 
+import collections
 import contextlib
 import hashlib
 import multiprocessing
+import queue
 import signal
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +89,8 @@ def _work(pipe, model):
 
 
 class Pool:
-    """`n` processes that encode chunks with a tokenizer; a context manager that ends them.
+    """`n` processes that encode chunks with a tokenizer, each with a thread here that waits for it;
+    a context manager that ends them.
 
     A process holds one chunk at a time, and at most 2n + 2 are under way, so that memory is
     bounded however slow the reader of the results is.
@@ -95,7 +98,8 @@ class Pool:
 
     def __init__(self, model, n):
         context = multiprocessing.get_context("spawn")
-        self.limit, self.workers = 2 * n + 2, {}
+        self.limit, self.workers, self.idle = 2 * n + 2, {}, queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(n)
         # Blocked signals stay blocked in a child: Ctrl-C cannot hit one that is still starting.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -105,6 +109,7 @@ class Pool:
                 self.workers[mine] = process
                 process.start()
                 theirs.close()
+                self.idle.put(mine)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -112,46 +117,37 @@ class Pool:
         return self
 
     def __exit__(self, *_):
-        for pipe, process in self.workers.items():
+        for process in self.workers.values():
             process.terminate()
             process.join()
+        self.threads.shutdown(cancel_futures=True)  # those that waited for a process do no longer
+        for pipe in self.workers:
             pipe.close()
 
     def map(self, chunks):
         """Iterate over (chunk, Encoded) in the order of `chunks`. Raises the first UserError of
         reading or encoding in that order, or UserError for a process that died."""
-        idle, busy, jobs, results = list(self.workers), {}, {}, {}
-        sent = told = 0
-        chunks = iter(chunks)
-        while True:
-            while idle and chunks is not None and sent - told < self.limit:
-                try:
-                    chunk = next(chunks, None)
-                except UserError as e:
-                    chunk, results[sent] = None, e  # told when those before it are
-                    sent += 1
-                if chunk is None:
-                    chunks = None
-                    break
-                jobs[sent], pipe = chunk, idle.pop()
-                self._call(pipe, pipe.send, chunk)
-                busy[pipe] = sent
-                sent += 1
-            if told == sent:
-                return  # there are no more chunks, or one would be under way
-            for pipe in wait(list(busy), 0 if told in results else None):
-                results[busy.pop(pipe)] = self._call(pipe, pipe.recv)
-                idle.append(pipe)
-            if told in results:
-                result = results.pop(told)
-                if isinstance(result, UserError):
-                    raise result
-                yield jobs.pop(told), result
-                told += 1
+        jobs, problem, chunks = collections.deque(), None, iter(chunks)
+        while chunks or jobs:
+            try:
+                chunk = next(chunks, None) if chunks else None
+            except UserError as e:
+                chunk, problem = None, e  # told when those before it are
+            if chunk is None:
+                chunks = None
+            else:
+                jobs.append((chunk, self.threads.submit(self._encode, chunk)))
+            while jobs and (not chunks or len(jobs) == self.limit or jobs[0][1].done()):
+                chunk, job = jobs.popleft()
+                yield chunk, job.result()
+        if problem:
+            raise problem
 
-    def _call(self, pipe, function, *arguments):
+    def _encode(self, chunk):
+        pipe = self.idle.get()
         try:
-            return function(*arguments)
+            pipe.send(chunk)
+            result = pipe.recv()
         except (EOFError, OSError):
             process = self.workers[pipe]
             process.join(5)
@@ -159,6 +155,11 @@ class Pool:
             how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with code {code}"
             raise UserError(f"a worker process ended {how}; run the same command again, with "
                             "fewer --workers if memory is short") from None
+        finally:
+            self.idle.put(pipe)  # of a dead process, too: nobody waits for it in vain
+        if isinstance(result, UserError):
+            raise result
+        return result
 
 
 def encode_all(chunks, encoder, model, workers):

@@ -20,12 +20,13 @@ RULE = "# " + "=" * 98
 # section: (title, lines that it may have). The sum only falls; the record's program has 3,753.
 SECTIONS = {
     0: ("Header", 65), 1: ("Config", 447), 2: ("Runtime", 165), 3: ("Kernels", 720),
-    4: ("Attention", 137), 5: ("Model", 399), 6: ("Optimisers", 206), 7: ("Data", 206),
+    4: ("Attention", 137), 5: ("Model", 399), 6: ("Optimisers", 206), 7: ("Data", 205),
     8: ("Quantisation", 542), 9: ("Artifact", 424), 10: ("Evaluation", 137),
     11: ("Test-time training", 479), 12: ("N-gram", 89), 13: ("Score adjustment", 66),
     14: ("Training", 300), 15: ("Main", 219),
 }
 MOST_LINES = 4600
+MOST_DATA_LINES = 3467  # of caseops/, all files together; it only falls
 LONGEST_FUNCTION = 65
 # Public names whose name, annotations and one or two lines of body say everything.
 NO_DOCSTRING = {
@@ -84,6 +85,11 @@ def test_line_ceilings():
                       for n, c in counts.items())
     assert all(count <= SECTIONS[number][1] for number, count in counts.items()), "\n" + table
     assert len(LINES) <= MOST_LINES
+
+
+def test_ceiling_of_the_data_tool():
+    counts = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("caseops/*.py")}
+    assert sum(counts.values()) <= MOST_DATA_LINES, counts
 
 
 @pytest.mark.parametrize("path", sorted(

@@ -97,14 +97,10 @@ def near_twin(val, train):
 def searched(folder, rate=None):
     found = splits.find_shards(folder)
     val, train = splits.Split(found["val"]), splits.Split(found["train"])
-    tokens, bos = overlap.load(val)
+    tokens, bos = overlap.load(val.pieces())
     v = overlap.Validation(tokens, *splits.document_spans(bos, len(tokens)),
                            rate or overlap.choose_rate(len(val), len(train)))
-
-    def watch(block):
-        fresh = block.tokens[block.old:]
-        return np.flatnonzero(fresh == 1) + block.offset + block.old
-    return v, overlap.search(v, train, watch)
+    return v, overlap.search(v, train, train.pieces())
 
 
 def expand(v, matches):
@@ -183,7 +179,7 @@ def test_boilerplate_is_no_near_duplicate(tmp_path):
     v, found = searched(write_set(tmp_path, val, train))
     assert {d: m.number for d, m in found.near.items()} in ({}, {len(val) - 1: 20})
     assert list(found.near) == list(near_twin(val[-1:], train[-1:]) and [len(val) - 1])
-    assert np.bincount(v.owners(np.flatnonzero(found.somewhere))[1])[:-1].sum() == 0
+    assert np.bincount(v.owners[found.somewhere])[:-1].sum() == 0
     assert v.kept.tolist() == [40] * (overlap.COMMON + 1) + [75]  # those that touch its own text
     assert v.judged.all()
 
@@ -241,14 +237,14 @@ def test_documents_across_tiny_shards(tmp_path, monkeypatch):
         begins, ends = splits.document_spans(np.flatnonzero(stream(docs) == 1), len(split))
         assert [b for b, _ in read] == begins.tolist()
         assert [split.read(b, e).tolist() for b, e in zip(begins, ends)] == [list(d) for d in docs]
-        joined = []
-        for block in split.blocks(overlap=5):
-            assert block.tokens[block.old - min(5, block.old):block.old].tolist() \
-                == joined[len(joined) - block.old:]
-            assert block.offset + block.old == len(joined)
-            assert block.old == min(5, len(joined))
-            joined += block.tokens[block.old:].tolist()
+        joined, spans = [], []
+        for block in splits.blocks(split.pieces()):
+            assert block.offset == len(joined)
+            assert block.tokens[0] == 1
+            spans += zip(block.begins + block.offset, block.ends + block.offset)
+            joined += block.tokens.tolist()
         assert joined == stream(docs).tolist()
+        assert spans == list(zip(begins, ends))
 
 
 def test_fragment_before_the_first_bos():

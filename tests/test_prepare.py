@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps as caps  # noqa: E402
 import prepare_caseops_data as prep  # noqa: E402
-from caseops import demo, export, shards, sources  # noqa: E402
+from caseops import demo, shards, sources  # noqa: E402
 from caseops import encoder as encoding  # noqa: E402
 from tests.plain_caseops import plain_encoded  # noqa: E402
 
@@ -196,10 +196,10 @@ def test_piece_too_long_is_found_with_and_without_counts(published):
 
 def test_batches_keep_order_and_lose_nothing():
     documents = [sources.Document("x" * n, n, i) for i, n in enumerate([5, 0, 900, 3, 3000, 1])]
-    cut = list(export.batches(documents, 1000, lambda d: d.size))
+    cut = list(sources.batches(documents, 1000, lambda d: d.size))
     assert [d for b in cut for d in b] == documents
     assert len(cut) > 1
-    assert list(export.batches([], 1000, len)) == []
+    assert list(sources.batches([], 1000, len)) == []
 
 
 # ---- tokenizer training --------------------------------------------------------------------------
