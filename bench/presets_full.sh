@@ -25,7 +25,7 @@ mkdir -p "$out"
 
 # a line a preset: its name, compressor and whether its data are CaseOps
 # shellcheck disable=SC2086  # presets are words
-plan=$(env -u DATA_PATH -u PRESET python -c '
+plan=$(env -u DATA_PATH -u PRESET -u DATA_PATH_SP1024 -u TOKENIZER_PATH_SP1024 python -c '
 import sys, train_gpt as t
 try:
     for name in sys.argv[1:]:
@@ -54,7 +54,7 @@ run() {
   if [ "$gpus" -gt 0 ]; then settings+=("CUDA_VISIBLE_DEVICES=${cards[$4]}"); fi
   echo "== $preset begins$([ "$gpus" -gt 0 ] && echo " on GPU ${cards[$4]}")" >&2
   # shellcheck disable=SC2086  # settings are words
-  env MAX_WALLCLOCK_SECONDS="${SECONDS_EACH:-60}" TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY:-5}" \
+  env -u DATA_PATH_SP1024 -u TOKENIZER_PATH_SP1024 MAX_WALLCLOCK_SECONDS="${SECONDS_EACH:-60}" TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY:-5}" \
     "${settings[@]}" ${EXTRA:-} PRESET="$preset" RUN_ID=log ARTIFACT_DIR="$folder" \
     timeout "${LIMIT_EACH:-900}" python train_gpt.py > "$folder/out.txt" 2>&1 < /dev/null || code=$?
   echo "$code" > "$folder/status"

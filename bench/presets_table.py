@@ -17,7 +17,7 @@ import submission
 TARGETS = 47_853_343
 HEADER = ("| preset | tokens/s plain | looped | bytes | evaluation targets/s | s for all, 8 GPUs | "
           "peak MiB | off the fast path | status |\n|---|--:|--:|--:|--:|--:|--:|---|---|")
-LINE = re.compile(r"^(\d+)/\d+ train_loss: .* tok/s: (\d+)$|^layer_loop:on ", re.MULTILINE)
+LINE = re.compile(r"^(\d+)/\d+ train_loss: .* tok/s: (\d+)\b.*$|^layer_loop:on ", re.MULTILINE)
 
 
 def rates(text: str) -> tuple[float | None, float | None]:

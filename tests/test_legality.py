@@ -581,16 +581,16 @@ def test_row_19_an_order_by_what_stands_within(monkeypatch):
 
 def test_row_09_only_where_documents_outgrow_the_context(monkeypatch):
     """The audit's documents do, however long the context of the settings is."""
-    score = t.Adapter.score
+    score = t.LoraTTT.score
 
-    def fitted(self, window, meter):
-        if int(window.at.max()) >= self.cfg.ttt_eval_seq_len - 1 and window.updates:
-            self.lora.rows = window.rows
-            (self.losses(window) * window.mask).sum().backward()
+    def fitted(self, chunk_batch, meter):
+        if int(chunk_batch.positions.max()) >= self.cfg.ttt_eval_seq_len - 1 and chunk_batch.updates:
+            self.lora.docs = chunk_batch.docs
+            (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
             self.optimiser.step()
             self.optimiser.zero_grad()
-        return score(self, window, meter)
-    monkeypatch.setattr(t.Adapter, "score", fitted)
+        return score(self, chunk_batch, meter)
+    monkeypatch.setattr(t.LoraTTT, "score", fitted)
     assert any(x.startswith("causality (ttt)") for x in found_in(tiny(ttt_eval_seq_len=4096)))
 
 

@@ -13,8 +13,8 @@ LOG = """Hyperparameters:
 1/20 train_loss: 5.0 train_time: 0.0m tok/s: 500
 5/20 train_loss: 4.0 train_time: 0.0m tok/s: 500
 layer_loop:on step:5 frac:0.352
-6/20 train_loss: 4.0 train_time: 0.0m tok/s: 429
-10/20 train_loss: 4.0 train_time: 0.0m tok/s: 333
+6/20 train_loss: 4.0 train_time: 0.0m tok/s: 429 seconds: 14.0 left: 9s
+10/20 train_loss: 4.0 train_time: 0.0m tok/s: 333 seconds: 30.0 left: 9s
 """
 
 
