@@ -584,7 +584,8 @@ def test_row_09_only_where_documents_outgrow_the_context(monkeypatch):
     score = t.LoraTTT.score
 
     def fitted(self, chunk_batch, meter):
-        if int(chunk_batch.positions.max()) >= self.cfg.ttt_eval_seq_len - 1 and chunk_batch.updates:
+        slides = int(chunk_batch.positions.max()) >= self.cfg.ttt_eval_seq_len - 1
+        if slides and chunk_batch.updates:
             self.lora.docs = chunk_batch.docs
             (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
             self.optimiser.step()
