@@ -422,8 +422,9 @@ def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
     assert ours["softcap_pos"].any() and ours["blocks.2.attn.xsa_alpha"].any()
     errors = torch.tensor([[(x[name].double() - t).norm() / (t.norm() + 1e-12)
                             for name, t in truth.items()] for x in (ours, native)])
-    # A cap is one number, whose native error is one draw and may be near 0: of no parameter less
-    # than the median of the native errors is expected
-    allowed = 3 * errors[1].clamp(min=errors[1].median()) + 1e-6
+    # The native error of a cap or a gate, of a few numbers, is one draw and may be near 0: they
+    # share the largest of theirs
+    few = torch.tensor([t.numel() <= 16 for t in truth.values()])
+    allowed = 3 * errors[1].where(~few, errors[1][few].max()) + 1e-6
     assert (errors[0] <= allowed).all(), dict(zip(truth, errors.T.tolist()))
     assert errors[0].norm() <= 2 * errors[1].norm() + 1e-6
