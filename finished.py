@@ -33,9 +33,9 @@ def artifact_of(folder: Path) -> Path:
 
 def log_of(folder: Path) -> tuple[str, dict[str, Any]]:
     """(text, figures of its last line) of the newest log that was written with the artifact in
-    `folder`, in it or in its runs/; ("", {}) where there is none."""
+    `folder`, in it or in its logs/; ("", {}) where there is none."""
     digest = hashlib.sha256(artifact_of(folder).read_bytes()).hexdigest()
-    logs = sorted((*folder.glob("*.txt"), *folder.glob("runs/*.txt")),
+    logs = sorted((*folder.glob("*.txt"), *folder.glob("logs/*.txt")),
                   key=lambda path: path.stat().st_mtime, reverse=True)
     for text in (path.read_text(encoding="utf-8", errors="replace") for path in logs):
         for line in re.findall(r'^(\{"result": .*\})$', text, re.MULTILINE)[-1:]:

@@ -130,12 +130,7 @@ def check_schedule(arrays: dict[str, np.ndarray],
     ids[:-1][np.diff(document, prepend=-1) > 0] = t.BOS
     try:
         cfg = t.Config.from_env({}, Path(), meta["settings"], check=False)
-        if cfg.ttt_enabled:
-            val = t.ValSet(ids, np.zeros(0, np.int32))
-            documents = sorted(t.make_schedule(val, cfg, int(world)).documents())
-            want = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
-        else:
-            want = np.arange(len(document))
+        want = t.target_places(t.ValSet(ids, np.zeros(0, np.int32)), cfg, int(world))[1]
     except (t.UserError, TypeError, ValueError, ArithmeticError) as error:
         return [], [f"order against the schedule (settings in meta: {str(error)[:120]})"]
     wrong = np.argsort(want, kind="stable") != np.argsort(arrays["order"], kind="stable")

@@ -101,7 +101,7 @@ class Config:
     # -- run and files
     seed: int = setting(1337, "of weights, adapters and synthetic warm-up data", 0, 2**32 - 1)
     run_id: str = setting("", "name of the log; default: date, time and process")
-    artifact_dir: str = setting("", "folder for log, model, artifact; default: runs/ and .")
+    artifact_dir: str = setting("", "folder for log, model, artifact; default: logs/ and .")
     data_dir: str = setting("./data/", "root under which data sets are looked for")
     data_path: str = setting("", "folder with the shards; default: the CaseOps set under DATA_DIR")
     tokenizer_path: str = setting("", "SentencePiece model; given: checked against the data")
@@ -2059,8 +2059,7 @@ class Optimisers:
 
     def reduce_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients averaged over ranks: this rank's share of the banks, and all small ones."""
-        small = [p.grad for p in self.small]
-        world, rank = self.rt.world, self.rt.rank
+        small, world, rank = [p.grad for p in self.small], self.rt.world, self.rt.rank
         if world == 1:
             return [p.grad for p in self.banks], small
         shares, waits = [], []
@@ -2794,8 +2793,7 @@ def quantise(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     float16. by_trellis: of `quantise_trellis`, without corrections, which gain nothing there."""
     torch.backends.cuda.matmul.allow_tf32 = False  # errors are fed back: full float32
     out, errors, found = dict(by_trellis or {}), {}, () if by_trellis else matrices(cfg)
-    weights = {m.name: matrix_of(state, m) for m in found}
-    protected = {}
+    weights, protected = {m.name: matrix_of(state, m) for m in found}, {}
     if found and cfg.awq_lite_enabled:
         protected = extra("variants").protected_columns(weights, hessians, cfg)
     factor = functools.cache(lambda name: factorise(hessians[name], cfg.gptq_damp_factor, log))
@@ -3679,8 +3677,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def planned_cost(batch: list[Document], cfg: Config) -> int:
     """Tokens that a batch runs through the model, up to a factor: what its time is taken to be."""
     C = for_batch(batch, cfg).ttt_chunk_size
-    most = cfg.ttt_eval_seq_len // C
-    chunks = [-(-doc.targets // C) for doc in batch]
+    most, chunks = cfg.ttt_eval_seq_len // C, [-(-doc.targets // C) for doc in batch]
     if cfg.ttt_stream:  # in step: the longest document's chunks
         return max(chunks)
     short = [min(n, most) for n in chunks]  # contexts grow by a chunk up to TTT_EVAL_SEQ_LEN
@@ -3859,17 +3856,21 @@ def score_phased(model: GPT, val: ValSet, cfg: Config, rt: Runtime,
     return meter.result()
 
 
+def target_places(val: ValSet, cfg: Config, world: int) -> tuple[list[Document], np.ndarray]:
+    """Documents in the order of the stream; the place of each of their targets, in coding order."""
+    documents = [Document(*d, place=d[0]) for d in val.documents()]
+    if cfg.ttt_enabled:
+        documents = sorted(make_schedule(val, cfg, world).documents())
+    return documents, np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
+
+
 def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runtime,
                  artifact: str) -> None:
     """SCORES_PATH: an entry for every target in the order of the stream: nats as they entered the
     score, original bytes, number of its document, place in the coding order; and where they come
     from (a call of all ranks). `python submission.py --scores FILE` reads it."""
-    documents = [Document(*d, place=d[0]) for d in val.documents()]
-    if cfg.ttt_enabled:
-        documents = sorted(make_schedule(val, cfg, rt.world).documents())
-    places = np.concatenate([doc.place + np.arange(doc.targets) for doc in documents])
-    nats, order = rt.sum_(meter.kept).cpu().numpy()[places], np.empty(len(places), np.int64)
-    order[np.argsort(places, kind="stable")] = np.arange(len(places))
+    documents, places = target_places(val, cfg, rt.world)
+    nats, order = rt.sum_(meter.kept).cpu().numpy()[places], places.argsort().argsort()
     meta = {"artifact_sha256": artifact, "world": rt.world, "val_loss": score.loss,
             "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes,
             **{name: rt.record.get(name) for name in ("program_sha256", "data", "settings")}}
@@ -3885,8 +3886,7 @@ def write_scores(meter: Meter, score: Score, val: ValSet, cfg: Config, rt: Runti
 def score_artifact(cfg: Config, rt: Runtime, model: GPT, folder: Path,
                    make_adjustment: Callable) -> None:
     """Read the artifact back and score it: plainly, while §13 builds its tables, then phased."""
-    started = rt.seconds()
-    path = folder / ARTIFACT_FILE
+    started, path = rt.seconds(), folder / ARTIFACT_FILE
     require(path.is_file(), f"{path}: no artifact; train first, or set ARTIFACT_DIR to its folder")
 
     def check(made: dict, pieces: dict) -> None:
@@ -4519,7 +4519,7 @@ def run(environ: Mapping[str, str], age: float = 0.0, audit: bool = False) -> No
     for split in ("train", "val")[cfg.ttt_eval_only:]:
         load_split(cfg, split)  # refuses what is missing, before anything is written
     beside, identity = cfg.artifact_dir and (cfg.run_id or not kind), check_data(cfg)
-    rt.open_log((folder if beside else Path("runs")) / f"{run_id}.txt")
+    rt.open_log((folder if beside else Path("logs")) / f"{run_id}.txt")
     if not cfg.ttt_eval_only and not cfg.prequant_only:
         check_compressor(cfg.compressor)
     attention = agree_on(choose_attention(rt.device, rt.dtype, cfg.attention), rt)

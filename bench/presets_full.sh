@@ -21,11 +21,13 @@ jobs=${JOBS:-$((gpus > 0 ? gpus : 1))}
 out=${OUT:-runs/presets}
 presets=${ONLY:-pr1787 pr1855 pr1934 pr2014 pr2060 pr2118 pr2140 pr1430_causal pr1430_as_run best}
 : "${DATA_PATH:?the folder with the shards, whose validation set is scored, is not set}"
+sp1024=${DATA_PATH_SP1024:-} sp1024_tokenizer=${TOKENIZER_PATH_SP1024:-}
+unset DATA_PATH_SP1024 TOKENIZER_PATH_SP1024  # no settings: the program would refuse them
 mkdir -p "$out"
 
 # a line a preset: its name, compressor and whether its data are CaseOps
 # shellcheck disable=SC2086  # presets are words
-plan=$(env -u DATA_PATH -u PRESET -u DATA_PATH_SP1024 -u TOKENIZER_PATH_SP1024 python -c '
+plan=$(env -u DATA_PATH -u PRESET python -c '
 import sys, train_gpt as t
 try:
     for name in sys.argv[1:]:
@@ -46,15 +48,15 @@ run() {
     settings+=(COMPRESSOR=brotli)
   fi
   if [ "$3" = 0 ]; then
-    settings+=("DATA_PATH=$DATA_PATH_SP1024")
-    if [ -n "${TOKENIZER_PATH_SP1024:-}" ]; then
-      settings+=("TOKENIZER_PATH=$TOKENIZER_PATH_SP1024")
+    settings+=("DATA_PATH=$sp1024")
+    if [ -n "$sp1024_tokenizer" ]; then
+      settings+=("TOKENIZER_PATH=$sp1024_tokenizer")
     fi
   fi
   if [ "$gpus" -gt 0 ]; then settings+=("CUDA_VISIBLE_DEVICES=${cards[$4]}"); fi
   echo "== $preset begins$([ "$gpus" -gt 0 ] && echo " on GPU ${cards[$4]}")" >&2
   # shellcheck disable=SC2086  # settings are words
-  env -u DATA_PATH_SP1024 -u TOKENIZER_PATH_SP1024 MAX_WALLCLOCK_SECONDS="${SECONDS_EACH:-60}" TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY:-5}" \
+  env MAX_WALLCLOCK_SECONDS="${SECONDS_EACH:-60}" TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY:-5}" \
     "${settings[@]}" ${EXTRA:-} PRESET="$preset" RUN_ID=log ARTIFACT_DIR="$folder" \
     timeout "${LIMIT_EACH:-900}" python train_gpt.py > "$folder/out.txt" 2>&1 < /dev/null || code=$?
   echo "$code" > "$folder/status"
@@ -68,7 +70,7 @@ exec 3<> "$pipe"
 rm "$pipe"
 for ((slot = 0; slot < jobs; slot++)); do echo "$slot" >&3; done
 while read -r preset compressor caseops; do
-  if [ "$caseops" = 0 ] && [ -z "${DATA_PATH_SP1024:-}" ]; then
+  if [ "$caseops" = 0 ] && [ -z "$sp1024" ]; then
     echo "== $preset: left out, it needs plain-text SP1024 shards: set DATA_PATH_SP1024" >&2
     mkdir -p "$out/$preset"
     echo skipped > "$out/$preset/status"

@@ -20,9 +20,9 @@ RULE = "# " + "=" * 98
 # section: (title, lines that it may have). The sum only falls; the record's program has 3,753.
 SECTIONS = {
     0: ("Header", 65), 1: ("Config", 447), 2: ("Runtime", 165), 3: ("Kernels", 720),
-    4: ("Attention", 137), 5: ("Model", 399), 6: ("Optimisers", 206), 7: ("Data", 205),
-    8: ("Quantisation", 542), 9: ("Artifact", 424), 10: ("Evaluation", 137),
-    11: ("Test-time training", 479), 12: ("N-gram", 89), 13: ("Score adjustment", 66),
+    4: ("Attention", 137), 5: ("Model", 399), 6: ("Optimisers", 205), 7: ("Data", 205),
+    8: ("Quantisation", 541), 9: ("Artifact", 424), 10: ("Evaluation", 137),
+    11: ("Test-time training", 481), 12: ("N-gram", 89), 13: ("Score adjustment", 66),
     14: ("Training", 300), 15: ("Main", 219),
 }
 MOST_LINES = 4600

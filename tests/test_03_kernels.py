@@ -396,18 +396,20 @@ def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
     size = {} if INTERPRETED else dict(model_dim=256, rope_dims=16)
     cfg = tiny(**size, num_layers=3, xsa_last_n=2, parallel_start_layer=2, loop_end=1,
                gated_xsa=True, asym_logit_rescale=True, logit_softcap=3.0)
-    row = row_of(documents([7, 12]))
-    ids, targets = row.ids.to(DEVICE), row.targets.to(DEVICE)
-    segments = train_gpt.Segments(row.segments.cu_seqlens.to(DEVICE), row.segments.max_len)
+    rows = [row_of(documents(lengths)) for lengths in ([7, 12], [19], [5, 5, 9], [16, 3])]
 
-    def run(kind, attend):
+    def gradients(kind, attend, row):
         model = busy_model(cfg, attend=attend).to(DEVICE)
         model.dtype = kind
         model = model.double() if kind == torch.float64 else model
-        loss = model(ids, targets, segments, True)
+        segments = train_gpt.Segments(row.segments.cu_seqlens.to(DEVICE), row.segments.max_len)
+        loss = model(row.ids.to(DEVICE), row.targets.to(DEVICE), segments, True)
         grads = torch.autograd.grad(loss.mean(), [*model.parameters()])
         names = [name for name, _ in model.named_parameters()]
         return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+    def run(kind, attend):
+        return [gradients(kind, attend, row) for row in rows]
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "fused", lambda x: False)
@@ -419,12 +421,17 @@ def test_a_model_with_gated_xsa_and_two_caps_runs_fused(monkeypatch):
                  "residual_mix_rmsnorm_ref"):
         monkeypatch.setattr(train_gpt, twin, None)
     ours = run(dtype, train_gpt.attend_fa4)
-    assert ours["softcap_pos"].any() and ours["blocks.2.attn.xsa_alpha"].any()
-    errors = torch.tensor([[(x[name].double() - t).norm() / (t.norm() + 1e-12)
-                            for name, t in truth.items()] for x in (ours, native)])
-    # The native error of a cap or a gate, of a few numbers, is one draw and may be near 0: they
-    # share the largest of theirs
-    few = torch.tensor([t.numel() <= 16 for t in truth.values()])
-    allowed = 3 * errors[1].where(~few, errors[1][few].max()) + 1e-6
-    assert (errors[0] <= allowed).all(), dict(zip(truth, errors.T.tolist()))
+    assert all(x["softcap_pos"].any() and x["blocks.2.attn.xsa_alpha"].any() for x in ours)
+
+    def error(found):
+        """Of each parameter, root mean square over the rows: one row alone may err by luck."""
+        part = [[(x[name].double() - want).norm() / (want.norm() + 1e-12)
+                 for name, want in exact.items()] for x, exact in zip(found, truth, strict=True)]
+        return torch.tensor(part).square().mean(0).sqrt()
+
+    errors = error(ours), error(native)
+    # A cap is one number, whose native error may be near 0: as above, no less is expected than that
+    # of one rounding
+    allowed = 3 * errors[1].clamp(min=rounding_error(dtype, 1)) + 1e-6
+    assert (errors[0] <= allowed).all(), dict(zip(truth[0], zip(*errors, strict=True)))
     assert errors[0].norm() <= 2 * errors[1].norm() + 1e-6

@@ -289,14 +289,14 @@ def test_help_lists_every_setting(monkeypatch, capsys):
 
 
 def test_default_places(tmp_path):
-    """Without ARTIFACT_DIR the log goes to runs/, which git ignores, model, artifact and program
-    beside it; and one wrong setting, in a process of its own, is one line."""
+    """Without ARTIFACT_DIR the log goes to logs/; model, artifact and program lie
+    here; and one wrong setting, in a process of its own, is one line."""
     settings = {**TINY, "DATA_PATH": write_data(tmp_path / "data"), "ITERATIONS": 1,
                 "TTT_ENABLED": 0, "RUN_ID": "mine"}
     run = launch(settings, tmp_path)
     assert run.returncode == 0, run.stderr
-    assert said(tmp_path / "runs" / "mine.txt") == run.stdout
+    assert said(tmp_path / "logs" / "mine.txt") == run.stdout
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"data", "runs", "final_model.pt", "final_model.int6.ptz", "final_program.py"}
+    assert names == {"data", "logs", "final_model.pt", "final_model.int6.ptz", "final_program.py"}
     run = launch({**settings, "MODEL_DIMM": 3}, tmp_path)
     one_line((run.returncode, run.stdout, run.stderr))

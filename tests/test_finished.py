@@ -94,7 +94,7 @@ def test_scoring_again_needs_no_settings_and_leaves_the_folder_alone(folder, mai
     first = re.findall(line, before["log.txt"].decode(), re.MULTILINE)
     assert re.findall(line, out, re.MULTILINE) == first and len(first) == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    (log,) = (tmp_path / "here" / "runs").iterdir()
+    (log,) = (tmp_path / "here" / "logs").iterdir()
     assert log.name.endswith("-rescoring.txt") and log.name.startswith("20")
     assert "\npreset: pr1855\n" in log.read_text()
     code, out, err = main(TTT_EVAL_ONLY=1, ARTIFACT_DIR=folder, RUN_ID="mine", TTT_ENABLED=0)
@@ -184,4 +184,4 @@ def test_the_packed_program_scores_with_its_own_settings(folder, tmp_path):
     assert re.search(r'^not the preset: {"ARTIFACT_DIR": "\S+", "TTT_EVAL_ONLY": "1", '
                      r'"TTT_ENABLED": "0", "NGRAM_TILT_ENABLED": "0"}$', run.stdout, re.MULTILINE)
     assert {path.name for path in folder.iterdir()} == names
-    assert [path.name for path in place.iterdir()] == ["runs"]
+    assert [path.name for path in place.iterdir()] == ["logs"]

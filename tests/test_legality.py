@@ -386,17 +386,23 @@ def test_row_08_order_of_processing_with_rules(monkeypatch):
     assert "n-gram tables may remember documents" in lines[0]
 
 
-def test_row_09_slot(monkeypatch):
-    """A chunk's own loss is stepped on before the chunk is scored."""
+def fit_before_score(monkeypatch, when=lambda adapter, chunk_batch: True):
+    """Plant a step on a chunk's own loss before the chunk is scored."""
     score = t.LoraTTT.score
 
     def fitted(self, chunk_batch, meter):
-        self.lora.docs = chunk_batch.docs
-        (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        if when(self, chunk_batch):
+            self.lora.docs = chunk_batch.docs
+            (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
         return score(self, chunk_batch, meter)
     monkeypatch.setattr(t.LoraTTT, "score", fitted)
+
+
+def test_row_09_slot(monkeypatch):
+    """A chunk's own loss is stepped on before the chunk is scored."""
+    fit_before_score(monkeypatch)
     assert any(x.startswith("causality (ttt)") for x in found_in())
 
 
@@ -581,17 +587,8 @@ def test_row_19_an_order_by_what_stands_within(monkeypatch):
 
 def test_row_09_only_where_documents_outgrow_the_context(monkeypatch):
     """The audit's documents do, however long the context of the settings is."""
-    score = t.LoraTTT.score
-
-    def fitted(self, chunk_batch, meter):
-        slides = int(chunk_batch.positions.max()) >= self.cfg.ttt_eval_seq_len - 1
-        if slides and chunk_batch.updates:
-            self.lora.docs = chunk_batch.docs
-            (self.losses(chunk_batch) * chunk_batch.mask).sum().backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-        return score(self, chunk_batch, meter)
-    monkeypatch.setattr(t.LoraTTT, "score", fitted)
+    fit_before_score(monkeypatch, lambda adapter, chunk_batch: chunk_batch.updates and int(
+        chunk_batch.positions.max()) >= adapter.cfg.ttt_eval_seq_len - 1)
     assert any(x.startswith("causality (ttt)") for x in found_in(tiny(ttt_eval_seq_len=4096)))
 
 

@@ -54,3 +54,6 @@ def test_the_script_says_what_it_needs(tmp_path):
     run = script(DATA_PATH="none", ONLY="pr1430_causal", OUT=str(tmp_path))
     assert run.returncode == 0 and "set DATA_PATH_SP1024" in run.stderr
     assert "| pr1430_causal | - | - | - | - | - | - | - | left out" in run.stdout
+    run = script(DATA_PATH="none", DATA_PATH_SP1024="none", TOKENIZER_PATH_SP1024="none",
+                 ONLY="pr1787", OUT=str(tmp_path))  # its variables are no settings of a run's
+    assert "failed (2): error: " in run.stdout and "no such setting" not in run.stdout
